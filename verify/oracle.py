@@ -1,0 +1,462 @@
+"""The Torch reference: transformers' own ``Kimi_K25ForConditionalGeneration`` with a published checkpoint's weights.
+
+Kimi-K2.5 is the same network as Kimi-VL with other names and a time axis that a single picture does not use, so
+no remote code runs. ``TABLE`` says which published tensor is which part of which oracle tensor; :func:`build_oracle`
+reads it one way, :func:`to_published` the other.
+
+The checkpoint is read with safetensors' own reader and nothing of ``convert``: a mistake there must not be able to
+cancel itself out here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+from ..modeling.configuration import ModelConfig
+
+Inputs = Mapping[str, np.ndarray]
+Taps = dict[str, np.ndarray]
+
+
+class OracleError(ValueError):
+    """A directory, configuration or input that the reference cannot take; the message says which and why."""
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """`part` of `parts` equal parts (along the rows) of a published tensor is a view of an oracle tensor."""
+
+    published: str
+    oracle: str
+    part: int = 0
+    parts: int = 1
+    view: Callable[[Tensor], Tensor] = lambda t: t
+    row_dims: int = (
+        1  # leading dimensions of the view that are one dimension, the rows, in the published tensor
+    )
+
+    def published_shape(self, view: Tensor) -> tuple[int, ...]:
+        return (self.parts * math.prod(view.shape[: self.row_dims]), *view.shape[self.row_dims :])
+
+
+def _interleaved(heads: int) -> Callable[[Tensor], Tensor]:
+    """Published q and k rows hold a head's rotation pairs side by side; the oracle holds first halves, then second."""
+    return lambda t: t.unflatten(0, (heads, 2, -1)).transpose(1, 2)  # (heads, head_dim / 2, 2, ...)
+
+
+def _half(expert: int, half: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t[expert].chunk(2)[half]
+
+
+def _expert(expert: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t[expert]
+
+
+def table(config: ModelConfig) -> Iterator[Piece]:
+    """Every piece of the checkpoint, in network order."""
+    both = (".weight", ".bias")
+    vision, oracle_vision = "vision_tower.", "model.vision_tower."
+    for s in both:
+        yield Piece(vision + "patch_embed.proj" + s, oracle_vision + "patch_embed.proj" + s)
+    yield Piece(
+        vision + "patch_embed.pos_emb.weight", oracle_vision + "patch_embed.pos_emb.position_embeddings"
+    )
+    for n in range(config.vision.num_hidden_layers):
+        block, layer = f"{vision}encoder.blocks.{n}.", f"{oracle_vision}layers.{n}."
+        pairs = _interleaved(config.vision.num_attention_heads)
+        for s in both:
+            yield Piece(block + "norm0" + s, layer + "norm1" + s)
+            yield Piece(block + "wqkv" + s, layer + "attn.q_proj" + s, 0, 3, pairs, row_dims=3)
+            yield Piece(block + "wqkv" + s, layer + "attn.k_proj" + s, 1, 3, pairs, row_dims=3)
+            yield Piece(block + "wqkv" + s, layer + "attn.v_proj" + s, 2, 3)
+            yield Piece(block + "wo" + s, layer + "attn.proj" + s)
+            yield Piece(block + "norm1" + s, layer + "norm2" + s)
+            yield Piece(block + "mlp.fc0" + s, layer + "mlp.fc1" + s)
+            yield Piece(block + "mlp.fc1" + s, layer + "mlp.fc2" + s)
+    for s in both:
+        yield Piece(vision + "encoder.final_layernorm" + s, oracle_vision + "final_layernorm" + s)
+    for ours, theirs in (("pre_norm", "pre_norm"), ("linear_1", "in_proj"), ("linear_2", "out_proj")):
+        for s in both:
+            yield Piece(f"multi_modal_projector.{ours}{s}", f"model.mm_projector.{theirs}{s}")
+
+    def same(name: str) -> Piece:
+        return Piece("language_model.model." + name, "model.language_model." + name)
+
+    yield same("embed_tokens.weight")
+    for n in range(config.text.num_hidden_layers):
+        layer = f"layers.{n}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield same(f"{layer}{name}.weight")
+        for name in ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"):
+            yield same(f"{layer}self_attn.{name}.weight")
+        mlps = ["mlp"]
+        if config.text.is_moe(n):
+            mlps = ["mlp.shared_experts"]
+            yield same(f"{layer}mlp.gate.weight")
+            yield same(f"{layer}mlp.gate.e_score_correction_bias")
+            stack = f"model.language_model.{layer}mlp.experts."
+            for e in range(config.text.n_routed_experts or 0):
+                expert = f"language_model.model.{layer}mlp.experts.{e}."
+                yield Piece(expert + "gate_proj.weight", stack + "gate_up_proj", view=_half(e, 0))
+                yield Piece(expert + "up_proj.weight", stack + "gate_up_proj", view=_half(e, 1))
+                yield Piece(expert + "down_proj.weight", stack + "down_proj", view=_expert(e))
+        for mlp in mlps:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield same(f"{layer}{mlp}.{name}.weight")
+    yield same("norm.weight")
+    yield Piece("language_model.lm_head.weight", "lm_head.weight")
+
+
+def to_published(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The oracle's parameters under published names and in published layouts, in network order.
+
+    dtypes stay as they are; every tensor is contiguous and owns its memory, so it can be saved at once. The published
+    ``rotary_emb.inv_freq`` tensors hold nothing that the configuration does not, and are left out.
+
+    Raises:
+        OracleError: a parameter is missing, or one is there that the table does not know.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    pieces = list(table(config))
+    _require_same_names("state dict", set(state_dict), {p.oracle for p in pieces})
+    for p in pieces:
+        view = p.view(state_dict[p.oracle].detach())
+        parts.setdefault(p.published, []).append(view.flatten(0, p.row_dims - 1) if p.row_dims > 1 else view)
+    return {name: torch.cat(tensors).clone() for name, tensors in parts.items()}
+
+
+def _require_same_names(what: str, has: set[str], wanted: set[str]) -> None:
+    for names, verb in ((wanted - has, "lacks"), (has - wanted, "holds")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise OracleError(
+                f"{what}: {verb} {min(names)}{more}, which does not fit config.json; "
+                "do the weights and the configuration belong together?"
+            )
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def build_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> Oracle:
+    """The reference for a directory in the published layout.
+
+    Memory is the network in `dtype` and one tensor of the file: weights are widened one by one into place.
+
+    Raises:
+        OracleError: a missing or unreadable file, or tensors that do not fit the configuration.
+        ConfigError: a configuration that is not Kimi-VL's.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_file(directory)
+    network = build_network(config, dtype)
+    load_published(network, directory, config)
+    return Oracle(network, config)
+
+
+def build_network(
+    config: ModelConfig, dtype: torch.dtype = torch.float32
+) -> Kimi_K25ForConditionalGeneration:
+    """The network with eager attention and eager experts, its parameters not yet filled.
+
+    Built in `dtype` and never cast afterwards: a cast would take the rope frequencies, which stay fp32, along.
+
+    Raises:
+        OracleError: a configuration that transformers' class does not implement.
+    """
+    t, v = config.text, config.vision
+    if t.moe_layer_freq != 1:
+        raise OracleError(
+            f"config.json: moe_layer_freq is {t.moe_layer_freq}, the Torch reference implements only 1"
+        )
+    if t.moe_layers and not t.n_shared_experts:
+        raise OracleError("config.json: n_shared_experts is 0, the Torch reference needs at least 1")
+    text = {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": t.num_attention_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta},
+    }
+    for name in (
+        *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok"),
+        *("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
+        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "hidden_act"),
+        *("max_position_embeddings", "rms_norm_eps", "attention_bias", "tie_word_embeddings"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    ):
+        text[name] = getattr(t, name)
+    if (
+        t.n_shared_experts is None or t.n_routed_experts is None
+    ):  # all layers dense; transformers wants numbers
+        text.update(n_shared_experts=1, n_routed_experts=1, first_k_dense_replace=t.num_hidden_layers)
+    vision = {
+        "pos_emb_height": v.init_pos_emb_height,
+        "pos_emb_width": v.init_pos_emb_width,
+        "merge_kernel_size": tuple(v.merge_kernel_size),
+    }
+    for name in (
+        "patch_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+    ):
+        vision[name] = getattr(v, name)
+    k25 = Kimi_K25Config(
+        text_config=text,
+        vision_config=vision,
+        projection_hidden_size=v.hidden_size,
+        image_token_id=config.media_placeholder_token_id,
+        video_token_id=t.vocab_size,  # no token has this id: there are no videos
+        tie_word_embeddings=False,
+    )
+    with no_init_weights():
+        network = Kimi_K25ForConditionalGeneration._from_config(
+            k25, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        )
+    if v.init_pos_emb_height != v.init_pos_emb_width:
+        pos_emb = network.model.vision_tower.patch_embed.pos_emb
+        pos_emb.forward = _interpolating_any_table(pos_emb)
+    return network.eval().requires_grad_(False)
+
+
+def _interpolating_any_table(module: torch.nn.Module) -> Callable[..., Tensor]:
+    """A forward for transformers' position embedding, which takes its table for square; the published one does not."""
+
+    def forward(hidden_states: Tensor, grid_thw: Tensor, **_: Any) -> Tensor:
+        grid = module.position_embeddings.permute(2, 0, 1)[None]  # (1, D, ph, pw)
+        positions = [
+            torch.nn.functional.interpolate(grid, (h, w), mode="bicubic")[0].flatten(1).T  # (h * w, D)
+            for _, h, w in grid_thw.tolist()
+        ]
+        return hidden_states + torch.cat(positions)
+
+    return forward
+
+
+def load_published(network: torch.nn.Module, directory: str | Path, config: ModelConfig) -> None:
+    """Fills the network's parameters in place from the safetensors files of `directory`, all of them and no others.
+
+    Raises:
+        OracleError: as :func:`build_oracle`.
+    """
+    directory = Path(directory)
+    files = _tensor_files(directory)
+    pieces = list(table(config))
+    state = network.state_dict()
+    _require_same_names("Torch reference", set(state), {p.oracle for p in pieces})
+    found = {name for name in files if not name.endswith(".rotary_emb.inv_freq")}  # recomputed, never read
+    _require_same_names(str(directory), found, {p.published for p in pieces})
+    by_file: dict[Path, list[Piece]] = {}
+    for p in pieces:
+        by_file.setdefault(files[p.published], []).append(p)
+    for path, of_file in by_file.items():
+        try:
+            with safe_open(path, framework="pt") as f:
+                for p in of_file:
+                    view, value = p.view(state[p.oracle]), f.get_tensor(p.published)
+                    wanted = p.published_shape(view)
+                    if tuple(value.shape) != wanted:
+                        raise OracleError(
+                            f"{path}: {p.published} has shape {tuple(value.shape)}, expected {wanted} from config.json"
+                        )
+                    view.copy_(value.chunk(p.parts)[p.part].reshape(view.shape))
+        except (OSError, SafetensorError) as e:
+            raise OracleError(f"{path}: cannot be read as safetensors ({e})") from None
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Published tensor name -> the file that holds it."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            listed = {k: directory / v for k, v in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise OracleError(f"{index}: is not a safetensors index (no weight_map)") from None
+        paths = sorted(set(listed.values()))
+    else:
+        listed, paths = None, sorted(directory.glob("*.safetensors"))
+        if not paths:
+            raise OracleError(f"{directory}: holds no *.safetensors file; expected a published checkpoint")
+    files: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as f:
+                files.update({name: path for name in f.keys()})  # noqa: SIM118 (not a dict)
+        except FileNotFoundError:
+            raise OracleError(f"{path}: is missing, though {index.name} names it") from None
+        except (OSError, SafetensorError) as e:
+            raise OracleError(f"{path}: cannot be read as safetensors ({e})") from None
+    if listed is not None:
+        _require_same_names(str(directory), set(files), set(listed))
+    return files
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """`tokens` [B, n] int64, `margins` [B, n] (distance of the best two logits at each step), `logits_after` [B, V]."""
+
+    tokens: np.ndarray
+    margins: np.ndarray
+    logits_after: np.ndarray
+
+
+class Oracle:
+    """Runs the reference: numpy in, numpy out (fp32 whatever the network computes in)."""
+
+    def __init__(self, network: Kimi_K25ForConditionalGeneration, config: ModelConfig):
+        self.network = network
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.lm_head.weight.dtype
+
+    @torch.no_grad()
+    def run(self, inputs: Inputs) -> Taps:
+        """One forward over the whole prompt.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` [B, S] (left padded); with pictures `pixel_values` [N, 3, p, p] and
+                `image_grid_hws` [n, 2].
+
+        Returns:
+            With pictures `vision_out` [N/4, 4, D] (grouped, before the projector) and `projector_out` [N/4, H];
+            `inputs_embeds` [B, S, H]; `hidden_states` [L, B, S, H], every decoder layer's output, the last before
+            the final norm; `router_topk_indices` [Lm, B, S, k] int32 sorted by number, `router_topk_weights` in that
+            order, `router_gap` [Lm, B, S], the distance between the last chosen and the first rejected selection
+            score (inf when all are chosen); `logits` [B, S, V].
+            Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
+        """
+        arguments, mask = self._arguments(inputs)
+        with _Recorder(self.network.model) as recorder:
+            logits = self.network(**arguments, use_cache=False).logits
+        return recorder.taps(mask) | {"logits": _numpy(logits) * mask[..., None]}
+
+    @torch.no_grad()
+    def greedy(self, inputs: Inputs, n: int) -> Greedy:
+        """`n` cached greedy steps after the prompt; no stop token is honoured."""
+        arguments, mask = self._arguments(inputs)
+        attention = torch.from_numpy(mask).long()
+        position = arguments["position_ids"][:, -1:]
+        out = self.network(**arguments, use_cache=True, logits_to_keep=1)
+        tokens, margins = [], []
+        for _ in range(n):
+            best, ids = out.logits[:, -1].float().topk(2, dim=-1)
+            tokens.append(ids[:, 0])
+            margins.append(best[:, 0] - best[:, 1])
+            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
+            position = position + 1
+            out = self.network(
+                input_ids=ids[:, :1],
+                attention_mask=attention,
+                position_ids=position,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+        return Greedy(
+            torch.stack(tokens, 1).numpy(), _numpy(torch.stack(margins, 1)), _numpy(out.logits[:, -1])
+        )
+
+    def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], np.ndarray]:
+        ids = np.asarray(inputs["input_ids"]).astype(np.int64)
+        given = inputs.get("attention_mask")
+        mask = np.ones_like(ids, bool) if given is None else np.asarray(given).astype(bool)
+        position_ids = np.where(mask, mask.cumsum(1) - 1, 1)
+        arguments = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask).long(),
+            "position_ids": torch.from_numpy(position_ids),
+        }
+        pixels = inputs.get("pixel_values")
+        n_media = int((ids == self.config.media_placeholder_token_id).sum())
+        n_features = 0
+        if pixels is not None and len(pixels):
+            grids = torch.from_numpy(np.asarray(inputs["image_grid_hws"]).astype(np.int64))
+            arguments["pixel_values"] = torch.from_numpy(np.asarray(pixels)).to(self.dtype)
+            arguments["image_grid_thw"] = torch.cat([torch.ones_like(grids[:, :1]), grids], dim=1)
+            n_features = len(pixels) // math.prod(self.config.vision.merge_kernel_size)
+        if n_media != n_features:
+            raise OracleError(
+                f"input_ids: {n_media} media tokens, but the pictures give {n_features}; they must be equal"
+            )
+        return arguments, mask
+
+
+class _Recorder:
+    """Collects what the modules of interest give, by forward hooks."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.hidden: list[Tensor] = []
+        self.routers: list[tuple[Tensor, Tensor, Tensor]] = []  # selection scores, indices, weights
+        self.vision: dict[str, Tensor] = {}
+        self.embeds: Tensor | None = None
+
+    def __enter__(self) -> _Recorder:
+        text = self.model.language_model
+        handles = [text.layers[0].register_forward_pre_hook(self._on_embeds, with_kwargs=True)]
+        for layer in text.layers:
+            handles.append(layer.register_forward_hook(lambda _, args, out: self.hidden.append(out)))
+            if hasattr(layer.mlp, "gate"):
+                handles.append(layer.mlp.gate.register_forward_hook(self._on_router))
+        handles.append(self.model.mm_projector.register_forward_hook(self._on_projector))
+        self.handles = handles
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _on_embeds(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        self.embeds = args[0] if args else kwargs["hidden_states"]
+
+    def _on_router(self, module: torch.nn.Module, args: tuple, out: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, weights, indices = out
+        self.routers.append((logits.sigmoid() + module.e_score_correction_bias, indices, weights))
+
+    def _on_projector(self, module: torch.nn.Module, args: tuple, out: Tensor) -> None:
+        self.vision = {"vision_out": args[0], "projector_out": out.flatten(0, -2)}
+
+    def taps(self, mask: np.ndarray) -> Taps:
+        taps = {name: _numpy(value) for name, value in self.vision.items()}
+        assert self.embeds is not None
+        taps["inputs_embeds"] = _numpy(self.embeds)
+        taps["hidden_states"] = np.stack([_numpy(h) for h in self.hidden]) * mask[..., None]
+        if not self.routers:
+            return taps
+        chosen, chosen_weights, gaps = [], [], []
+        for scores, indices, weights in self.routers:
+            k = indices.shape[-1]
+            indices, order = indices.sort(dim=-1)
+            ranked = scores.sort(dim=-1, descending=True).values
+            all_chosen = k == scores.shape[-1]
+            gap = torch.full_like(ranked[:, 0], math.inf) if all_chosen else ranked[:, k - 1] - ranked[:, k]
+            chosen.append(indices.view(*mask.shape, k).numpy().astype(np.int32))
+            chosen_weights.append(_numpy(weights.gather(-1, order)).reshape(*mask.shape, k))
+            gaps.append(_numpy(gap).reshape(mask.shape))
+        taps["router_topk_indices"] = np.where(mask[..., None], np.stack(chosen), np.int32(-1))
+        taps["router_topk_weights"] = np.stack(chosen_weights) * mask[..., None]
+        taps["router_gap"] = np.where(mask, np.stack(gaps), np.float32(np.inf))
+        return taps
+
+
+def _numpy(t: Tensor) -> np.ndarray:
+    return t.detach().float().numpy()
