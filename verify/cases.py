@@ -1,0 +1,282 @@
+"""What is asked of both sides: a fixed, seeded suite of prompts and pictures, sized for a model and a candidate.
+
+:func:`suite` lists the plans (names, shapes, why), which needs a configuration only; :func:`build` makes a plan's
+arrays. Where they come from is a `Source`: seeded ids and patches for a directory of configuration and weights
+(`SeededSource`), real prompts and drawn pictures through the processor for one with a tokenizer (`ProcessorSource`,
+in `prompts`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from ..modeling.configuration import ModelConfig
+
+SUITE_VERSION = 1
+DEFAULT_SEED = 2025
+
+Grid = tuple[int, int]  # patch rows and columns
+
+
+class CaseError(ValueError):
+    """A case that does not exist, or one that cannot be made; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a candidate can take: cache lengths (ascending), tokens of a prefill graph, patches of an image."""
+
+    contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    chunk: int = 256
+    patches: int = 4096
+
+    @property
+    def context(self) -> int:
+        return self.contexts[-1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt. `tokens` is its exact length; None leaves a natural one to the source.
+
+    `split_at`: the first picture's tokens lie across this position.
+    """
+
+    grids: tuple[Grid, ...] = ()
+    tokens: int | None = None
+    split_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case before its arrays exist.
+
+    `tail` are the sizes of the calls that continue the prompt; the first call takes what is before them. `new_tokens`
+    greedy tokens are generated after the whole prompt.
+    """
+
+    name: str
+    what: str
+    rows: tuple[Row, ...]
+    tail: tuple[int, ...] = ()
+    new_tokens: int = 0
+    by_default: bool = True
+    impossible: str = ""  # why this candidate cannot run it
+
+    @property
+    def grids(self) -> list[Grid]:
+        return [grid for row in self.rows for grid in row.grids]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`inputs` as the models take them (`input_ids`, `attention_mask`, with pictures `pixel_values`, `image_grid_hws`)."""
+
+    name: str
+    what: str
+    seed: int
+    inputs: dict[str, np.ndarray]
+    tail: tuple[int, ...] = ()
+    new_tokens: int = 0
+    prompts: tuple[str, ...] = field(default=())  # as text, where there is one
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Columns of `input_ids` that each call takes."""
+        return (self.inputs["input_ids"].shape[1] - sum(self.tail), *self.tail)
+
+
+def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
+    """Every plan of the suite, in order; one that the candidate cannot run says so in `impossible`."""
+    kh, kw = config.vision.merge_kernel_size
+    table_h, table_w = config.vision.init_pos_emb_height, config.vision.init_pos_emb_width
+
+    def grid(merged_rows: int, merged_columns: int) -> Grid:
+        return merged_rows * kh, merged_columns * kw
+
+    tall, wide = grid(table_h // kh + 1, 2), grid(1, table_w // kw + 1)
+    batch = (Row((grid(1, 2),)), Row(tokens=39), Row((wide, grid(2, 1))))
+    chunk, border = limits.chunk, limits.contexts[0]
+    long = chunk + chunk // 2 + 5
+    plans = [
+        Plan("text", "one text prompt", (Row(),), new_tokens=32),
+        Plan("image", "one picture, not square", (Row((grid(2, 3),)),), new_tokens=32),
+        Plan("images", "two unequal pictures in one prompt", (Row((grid(3, 2), grid(4, 4))),)),
+        Plan("tall", "a picture with more patch rows than the position table", (Row((tall,)),)),
+        Plan("batch", "three left-padded prompts: one picture, none, two", batch, new_tokens=32),
+        Plan(
+            "chunks",
+            f"a prompt longer than the prefill chunk of {chunk}, a picture across the border",
+            (Row((grid(4, 4),), long, split_at=chunk),),
+            new_tokens=16,
+        ),
+        Plan(
+            "pieces", "a prompt continued by several tokens at a time", (Row(tokens=45),), tail=(9, 2, 5, 1)
+        ),
+        Plan("steps", "a prompt continued token by token", (Row((grid(2, 3),), 44),), tail=(1,) * 16),
+        Plan("batch-steps", "left-padded prompts continued token by token", batch, tail=(1,) * 6),
+        Plan(
+            "bucket",
+            f"token by token across the border of the {border}-token cache",
+            (Row(tokens=border + 8),),
+            tail=(1,) * 16,
+            impossible="" if len(limits.contexts) > 1 else f"the cache has only one length, {border}",
+        ),
+        Plan("experts", "random tokens, as many as it takes to use every expert", (Row(tokens=64),)),
+        Plan(
+            "long-greedy",
+            "512 greedy tokens over every cache border on the way",
+            (Row(),),
+            new_tokens=512,
+            by_default=False,
+        ),
+    ]
+    if not config.text.moe_layers:
+        plans = [plan for plan in plans if plan.name != "experts"]
+    return [_checked(plan, config, limits) for plan in plans]
+
+
+def _checked(plan: Plan, config: ModelConfig, limits: Limits) -> Plan:
+    """The plan, marked where it exceeds what the candidate takes."""
+    if plan.impossible:
+        return plan
+    longest = max((row.tokens or 64) + len(row.grids) * 8 for row in plan.rows) + plan.new_tokens
+    patches = max((h * w for h, w in plan.grids), default=0)
+    context = min(limits.context, config.text.max_position_embeddings)
+    if longest > context:
+        return replace(plan, impossible=f"needs a context of {longest}, there is {context}")
+    if patches > limits.patches:
+        return replace(plan, impossible=f"needs {patches} patches a picture, there are {limits.patches}")
+    return plan
+
+
+def select(plans: list[Plan], names: Iterable[str] = ()) -> list[Plan]:
+    """The named plans, or those that run by default.
+
+    Raises:
+        CaseError: a name that no plan has.
+    """
+    names = list(names)
+    known = [plan.name for plan in plans]
+    for name in names:
+        if name not in known:
+            raise CaseError(f"--cases: there is no case {name!r}; the cases are {', '.join(known)}")
+    return [plan for plan in plans if (plan.name in names if names else plan.by_default)]
+
+
+class Source(Protocol):
+    """Makes inputs for rows, always the same for one generator state."""
+
+    kind: str
+
+    def inputs(
+        self, rows: tuple[Row, ...], rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        """Arrays as in :class:`Case`, and the prompts as text where there is one."""
+
+
+def build(plan: Plan, source: Source, seed: int = DEFAULT_SEED) -> Case:
+    """The plan's arrays; its generator depends on the seed and the plan's name only.
+
+    Raises:
+        CaseError: a tail longer than the shortest prompt.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(plan.name.encode())])
+    inputs, prompts = source.inputs(plan.rows, rng)
+    shortest = int(inputs["attention_mask"].sum(1).min())
+    if sum(plan.tail) >= shortest:
+        raise CaseError(
+            f"case {plan.name}: continues with {sum(plan.tail)} tokens, but a prompt has only {shortest}"
+        )
+    return Case(plan.name, plan.what, seed, inputs, plan.tail, plan.new_tokens, prompts)
+
+
+def cover_experts(
+    case_of: Callable[[int], Case], used: Callable[[Case], list[int]], experts: int, longest: int
+) -> Case:
+    """The shortest case, in steps of 2, in which every layer uses all `experts`; else one of `longest` tokens.
+
+    Args:
+        case_of: makes the case of a given length.
+        used: experts used per layer, counted on the reference.
+    """
+    tokens = min(64, longest)
+    while True:
+        case = case_of(tokens)
+        if tokens >= longest or min(used(case)) == experts:
+            return case
+        tokens = min(2 * tokens, longest)
+
+
+class SeededSource:
+    """Random token ids and patches: needs a configuration only."""
+
+    kind = "seeded token ids and patches"
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        t = config.text
+        eos = t.eos_token_id if isinstance(t.eos_token_id, list) else [t.eos_token_id]
+        special = {
+            config.media_placeholder_token_id,
+            config.pad_token_id,
+            t.bos_token_id,
+            t.pad_token_id,
+            *eos,
+        }
+        self.ordinary = np.array([i for i in range(t.vocab_size) if i not in special])
+
+    def inputs(
+        self, rows: tuple[Row, ...], rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        ids = [self._ids(row, rng) for row in rows]
+        longest = max(map(len, ids))
+        input_ids = np.full((len(rows), longest), self.config.pad_token_id, np.int64)
+        mask = np.zeros_like(input_ids)
+        for i, row_ids in enumerate(ids):
+            input_ids[i, longest - len(row_ids) :] = row_ids
+            mask[i, longest - len(row_ids) :] = 1
+        arrays = {"input_ids": input_ids, "attention_mask": mask}
+        grids = [grid for row in rows for grid in row.grids]
+        if grids:
+            p = self.config.vision.patch_size
+            arrays["pixel_values"] = np.concatenate([_patches(h, w, p, rng) for h, w in grids])
+            arrays["image_grid_hws"] = np.array(grids, np.int64)
+        return arrays, ()
+
+    def _ids(self, row: Row, rng: np.random.Generator) -> np.ndarray:
+        """Text with each picture's media tokens in it, text before, between and after."""
+        kh, kw = self.config.vision.merge_kernel_size
+        media = [h * w // (kh * kw) for h, w in row.grids]
+        total = row.tokens or sum(media) + 24
+        free = total - sum(media)
+        if free <= len(media):
+            raise CaseError(f"{total} tokens leave no room for text beside {sum(media)} media tokens")
+        # text pieces: before the first picture, between, after the last
+        cuts = [free * (i + 1) // (len(media) + 1) for i in range(len(media))]
+        if media and row.split_at is not None:
+            cuts[0] = row.split_at - media[0] // 2
+        text = rng.choice(self.ordinary, free)
+        pieces, at = [], 0
+        for cut, n in zip(cuts, media):
+            pieces += [text[at:cut], np.full(n, self.config.media_placeholder_token_id)]
+            at = cut
+        return np.concatenate([*pieces, text[at:]])
+
+
+def _patches(h: int, w: int, p: int, rng: np.random.Generator) -> np.ndarray:
+    """[h * w, 3, p, p] in -1..1: a smooth picture under noise, so that neighbouring patches differ but belong together."""
+    y, x = np.meshgrid(np.arange(h * p) / p, np.arange(w * p) / p, indexing="ij")
+    channels = []
+    for _ in range(3):
+        a, b, phase = rng.uniform(0.2, 1.2), rng.uniform(0.2, 1.2), rng.uniform(0, 2 * np.pi)
+        channels.append(0.6 * np.sin(a * y + b * x + phase) + rng.uniform(-0.4, 0.4, y.shape))
+    pixels = np.stack(channels).astype(np.float32)  # (3, h * p, w * p)
+    return np.ascontiguousarray(
+        pixels.reshape(3, h, p, w, p).transpose(1, 3, 0, 2, 4).reshape(h * w, 3, p, p)
+    )

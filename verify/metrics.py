@@ -1,0 +1,241 @@
+"""Distances between what the reference and the candidate give, accumulated in float64.
+
+Every function returns plain numbers and lists, ready for JSON. Positions are indices into the arrays as given,
+`[row, token, component]`. A NaN or an infinity makes the distances None and is counted and located instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+Metrics = dict[str, Any]
+
+# fp32 selection scores of two correct implementations differ by about this much (scores lie in 0..1): a choice
+# between experts that are nearer than this is a toss-up, and what follows from it says nothing about either.
+ROUTING_TIE = 2e-6
+
+TOP_K = 5  # of the vocabulary, for the overlap
+LISTED = 100  # flips and changes listed one by one, largest margins first; the counts are always complete
+_BLOCK = 64  # places taken to float64 at a time: a vocabulary of 160k would otherwise need gigabytes
+
+
+def tensor_metrics(reference: np.ndarray, candidate: np.ndarray, where: np.ndarray) -> Metrics:
+    """Distances over the places where `where` is true.
+
+    Args:
+        reference, candidate: `[..., D]`, equal shapes.
+        where: `[...]` bool.
+
+    Returns:
+        `places`, `nonfinite` (places of the candidate that hold a NaN or infinity) and `nonfinite_at`,
+        `rel_l2` = |c - r| / |r|, `nmse` = rel_l2 squared, `cosine`, `max_abs`, `max_at`, `ref_max` = max |r|,
+        `max_scaled` = max_abs / ref_max.
+
+    Raises:
+        ValueError: the shapes differ, or the reference itself is not finite.
+    """
+    _require_shape(reference, candidate)
+    at = np.argwhere(where)
+    metrics: Metrics = {"places": len(at), "nonfinite": 0}
+    error = norm_r = norm_c = dot = 0.0
+    max_abs, max_at, ref_max = -1.0, None, 0.0
+    for block in _blocks(at):
+        r, c = reference[block].astype(np.float64), candidate[block].astype(np.float64)
+        if not np.isfinite(r).all():
+            raise ValueError("the reference itself gives NaN or infinity; are its weights whole?")
+        bad = ~np.isfinite(c)
+        if bad.any():
+            if not metrics["nonfinite"]:
+                row, d = np.argwhere(bad)[0]
+                metrics["nonfinite_at"] = [*(int(i[row]) for i in block), int(d)]
+            metrics["nonfinite"] += int(bad.any(-1).sum())
+            continue
+        diff = np.abs(c - r)
+        error += float((diff * diff).sum())
+        norm_r += float((r * r).sum())
+        norm_c += float((c * c).sum())
+        dot += float((r * c).sum())
+        ref_max = max(ref_max, float(np.abs(r).max()))
+        if diff.max() > max_abs:
+            row, d = np.unravel_index(int(diff.argmax()), diff.shape)
+            max_abs, max_at = float(diff.max()), [*(int(i[row]) for i in block), int(d)]
+    names = ("rel_l2", "nmse", "cosine", "max_abs", "max_at", "ref_max", "max_scaled")
+    if metrics["nonfinite"] or not len(at):
+        return metrics | dict.fromkeys(names)
+    nmse = _ratio(error, norm_r)
+    cosine = 1.0 if error == 0 else dot / math.sqrt(norm_r * norm_c) if norm_r * norm_c > 0 else 0.0
+    values = (math.sqrt(nmse), nmse, cosine, max_abs, max_at, ref_max, _ratio(max_abs, ref_max))
+    return metrics | dict(zip(names, values))
+
+
+def logit_metrics(reference: np.ndarray, candidate: np.ndarray, where: np.ndarray) -> Metrics:
+    """:func:`tensor_metrics` of `[B, S, V]` logits, and what they mean as distributions.
+
+    Returns:
+        Also `kl` = mean KL(reference to candidate) in nats, `kl_max`, `reverse_kl`, `reverse_kl_max`; `top1`, the
+        fraction of places whose best token is the same, and `top1_changes`, the others with the reference's margin
+        between its best token and the candidate's; `topk_overlap`, the mean share of common tokens among the best
+        `topk` (5).
+    """
+    metrics = tensor_metrics(reference, candidate, where)
+    names = ("kl", "kl_max", "reverse_kl", "reverse_kl_max", "top1", "topk", "topk_overlap", "top1_changes")
+    if metrics["nonfinite"] or not metrics["places"]:
+        return metrics | dict.fromkeys(names)
+    k = min(TOP_K, reference.shape[-1])
+    forward, backward, overlaps = [], [], []
+    changes: list[dict[str, Any]] = []
+    for block in _blocks(np.argwhere(where)):
+        r, c = reference[block].astype(np.float64), candidate[block].astype(np.float64)
+        log_r, log_c = _log_softmax(r), _log_softmax(c)
+        forward.append((np.exp(log_r) * (log_r - log_c)).sum(-1))
+        backward.append((np.exp(log_c) * (log_c - log_r)).sum(-1))
+        best_r, best_c = r.argmax(-1), c.argmax(-1)
+        for i in np.flatnonzero(best_r != best_c):
+            margin = float(r[i, best_r[i]] - r[i, best_c[i]])
+            changes.append({"at": [int(j[i]) for j in block], "margin": margin})
+        top_r, top_c = (np.argpartition(x, -k, axis=-1)[:, -k:] for x in (r, c))
+        overlaps.append((top_r[:, :, None] == top_c[:, None, :]).sum((1, 2)) / k)
+    kl, reverse, overlap = (np.concatenate(x) for x in (forward, backward, overlaps))
+    # The sum of a KL is never negative, its floating-point value may be, by a rounding.
+    kl, reverse = np.maximum(kl, 0), np.maximum(reverse, 0)
+    changes.sort(key=lambda change: -change["margin"])
+    return metrics | {
+        "kl": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "reverse_kl": float(reverse.mean()),
+        "reverse_kl_max": float(reverse.max()),
+        "top1": 1 - len(changes) / len(kl),
+        "top1_changed": len(changes),
+        "top1_changes": changes[:LISTED],
+        "topk": k,
+        "topk_overlap": float(overlap.mean()),
+    }
+
+
+def routing_metrics(
+    reference: np.ndarray, candidate: np.ndarray, gap: np.ndarray, where: np.ndarray
+) -> Metrics:
+    """How far one MoE layer's choices agree.
+
+    Args:
+        reference, candidate: chosen experts `[B, S, k]`, in any order.
+        gap: the reference's margin `[B, S]`: last chosen minus first rejected selection score.
+        where: `[B, S]` bool.
+
+    Returns:
+        `places`; `agreement`, the fraction of places with the same set of experts; `overlap`, the mean share of
+        common experts; `min_gap`, the nearest decision of the reference; `flips`, places with another set, with
+        their gap, largest first (at most 100), and their number `flipped`, of which `ties` are nearer than
+        :data:`ROUTING_TIE` and `wrong` are not; `max_flip_gap`, 0 without flips.
+    """
+    _require_shape(reference, candidate)
+    r, c = np.sort(reference[where], -1), np.sort(candidate[where], -1)
+    places = len(r)
+    if not places:
+        counts = {"flipped": 0, "ties": 0, "wrong": 0, "flips": []}
+        return {"places": 0, **dict.fromkeys(("agreement", "overlap", "min_gap", "max_flip_gap")), **counts}
+    flipped = (r != c).any(-1)
+    gaps = gap[where].astype(np.float64)
+    at = np.argwhere(where)[flipped]
+    flips = [{"at": a.tolist(), "gap": _finite(g)} for a, g in zip(at, gaps[flipped])]
+    flips.sort(key=lambda flip: -flip["gap"])
+    ties = int((gaps[flipped] < ROUTING_TIE).sum())
+    common = (r[:, :, None] == c[:, None, :]).any(-1).mean(-1)
+    return {
+        "places": places,
+        "agreement": 1 - len(flips) / places,
+        "overlap": float(common.mean()),
+        "min_gap": _finite(gaps.min()),
+        "max_flip_gap": flips[0]["gap"] if flips else 0.0,
+        "flipped": len(flips),
+        "ties": ties,
+        "wrong": len(flips) - ties,
+        "flips": flips[:LISTED],
+    }
+
+
+def comparable_places(
+    reference: np.ndarray, candidate: np.ndarray, gap: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+    """Where two runs can be compared at all, before each MoE layer and after the last: `[Lm + 1, B, S]` bool.
+
+    Where the candidate took another expert in a tie, that token of that row and those after it (which attend to it)
+    go another way from that layer on, right as they may be. Choices that differ beyond a tie exclude nothing.
+
+    Args:
+        reference, candidate: `[Lm, B, S, k]`.
+        gap: `[Lm, B, S]`.
+        mask: `[B, S]` bool.
+    """
+    flipped = (np.sort(reference, -1) != np.sort(candidate, -1)).any(-1)
+    tie = flipped & (gap < ROUTING_TIE) & mask
+    lost = np.logical_or.accumulate(np.logical_or.accumulate(tie, axis=-1), axis=0)
+    return mask & ~np.concatenate([np.zeros_like(lost[:1]), lost])
+
+
+def greedy_metrics(reference: np.ndarray, margins: np.ndarray, candidate: np.ndarray) -> Metrics:
+    """How long greedy generation stays the same.
+
+    Args:
+        reference, candidate: tokens `[B, n]`; a candidate of fewer steps is one that stopped.
+        margins: distance of the reference's best two logits at each step `[B, n]`.
+
+    Returns:
+        `rows`, `steps` n, `prefix` (equal first tokens, by row), `min_margin`, and `divergences`: per diverging row
+        the `row`, `step`, the reference's `margin` there, and both tokens.
+    """
+    rows, steps = reference.shape
+    if candidate.ndim != 2 or len(candidate) != rows:
+        raise ValueError(f"greedy tokens of shape {candidate.shape}, expected ({rows}, {steps})")
+    prefixes, divergences = [], []
+    for row in range(rows):
+        c = candidate[row, :steps]
+        same = np.append(reference[row, : len(c)] == c, False)
+        prefix = int(same.argmin())
+        prefixes.append(prefix)
+        if prefix < steps:
+            token = int(c[prefix]) if prefix < len(c) else None
+            divergences.append(
+                {
+                    "row": row,
+                    "step": prefix,
+                    "margin": float(margins[row, prefix]),
+                    "reference": int(reference[row, prefix]),
+                    "candidate": token,
+                }
+            )
+    return {
+        "rows": rows,
+        "steps": steps,
+        "prefix": prefixes,
+        "min_margin": float(margins.min()),
+        "divergences": divergences,
+    }
+
+
+def _require_shape(reference: np.ndarray, candidate: np.ndarray) -> None:
+    if reference.shape != candidate.shape:
+        raise ValueError(f"the candidate gives shape {candidate.shape}, the reference {reference.shape}")
+
+
+def _blocks(at: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """Index tuples for `_BLOCK` places at a time."""
+    return [tuple(at[i : i + _BLOCK].T) for i in range(0, len(at), _BLOCK)]
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b, where nothing over nothing is nothing, and something over nothing the whole."""
+    return 0.0 if a == 0 else a / b if b > 0 else 1.0
+
+
+def _finite(x: float) -> float:
+    """JSON knows no infinity; a layer that takes all experts has gaps of infinity, which no score difference reaches."""
+    return float(min(x, 1e9))
