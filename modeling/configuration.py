@@ -144,7 +144,9 @@ class ModelConfig:
         top = {f: raw[f] for f in ("media_placeholder_token_id", "ignore_index") if raw.get(f) is not None}
         pad = raw.get("pad_token_id")
         pad = text.pad_token_id if pad is None else pad
-        dtype = raw.get("dtype") or raw.get("torch_dtype") or text_raw.get("dtype") or text_raw.get("torch_dtype")
+        dtype = (
+            raw.get("dtype") or raw.get("torch_dtype") or text_raw.get("dtype") or text_raw.get("torch_dtype")
+        )
         config = cls(text, vision, pad_token_id=pad or 0, dtype=dtype or "float32", **top)
         config.validate()
         return config
@@ -195,9 +197,16 @@ class ModelConfig:
         for name, value in positive:
             least = 0 if name.endswith("first_k_dense_replace") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"config.json: {name} is {value!r}, expected an integer of at least {least}")
+                raise ConfigError(
+                    f"config.json: {name} is {value!r}, expected an integer of at least {least}"
+                )
         for ok, name, value, wanted in (
-            (t.qk_rope_head_dim % 2 == 0, "text_config.qk_rope_head_dim", t.qk_rope_head_dim, "an even number"),
+            (
+                t.qk_rope_head_dim % 2 == 0,
+                "text_config.qk_rope_head_dim",
+                t.qk_rope_head_dim,
+                "an even number",
+            ),
             (
                 v.hidden_size % v.num_attention_heads == 0,
                 "vision_config.hidden_size",
@@ -211,7 +220,8 @@ class ModelConfig:
                 "a multiple of 4 (a row and a column angle per pair)",
             ),
             (
-                len(v.merge_kernel_size) == 2 and all(isinstance(k, int) and k > 0 for k in v.merge_kernel_size),
+                len(v.merge_kernel_size) == 2
+                and all(isinstance(k, int) and k > 0 for k in v.merge_kernel_size),
                 "vision_config.merge_kernel_size",
                 v.merge_kernel_size,
                 "two positive integers",

@@ -1,1 +1,38 @@
-"""TODO."""
+"""The seam between the network and a backend: one module per backend, chosen when a network is built.
+
+A backend module offers these, all free of parameters (weights are arguments):
+
+| name | construct |
+|---|---|
+| ``Linear()`` | x [R, in], weight [out, in] (, bias [out]) -> [R, out] |
+| ``Embedding()`` | table [V, H], ids [R] int32 -> [R, H] |
+| ``RMSNorm(eps)`` | x [R, H], weight [H] -> [R, H] |
+| ``SwiGLU()`` | [R, 2I], gate columns first -> [R, I] |
+| ``Router(config)`` | x [R, H], weight [E, H] fp32, bias [E] fp32 -> indices [R, k] int32, weights [R, k] fp32 |
+| ``Experts(config)`` | x [R, H], gate_up [E, H, 2I], down [E, I, H], indices, weights [R, k] -> [R, H] |
+| ``Window(batch, tokens, context)`` | start [B] int32 -> what LatentAttention needs to know about the cache window |
+| ``LatentAttention(config)`` | q [R, heads * qk], rows [R, latent], caches, window, k_b, v_b -> [R, heads * v]; writes rows into the cache |
+| ``VisionAttention(config)`` | q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden] |
+| ``cache_shapes(batch, context, width)`` | the shapes of one layer's cache parameters |
+| ``parameter_dtype(dtype)`` | the dtype that parameters of a model in ``dtype`` have on this backend |
+
+R = batch * tokens rows. Everything else of the network is written once, in ``vision`` and ``language``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+BACKENDS = ("plain",)
+
+
+def get_kernels(name: str) -> ModuleType:
+    """The backend module called `name`.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"kernels: there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,137 @@
+"""The static-shape graphs: one vision graph per patch bucket, one text graph per (batch, tokens, context).
+
+A graph is a small cell around the shared network: the text graphs own their cache parameters, the weights belong to
+the network. The same cells are run natively and traced for export, so there is one definition of what a graph takes
+and gives. Inputs are flat tensors; `vision_inputs` and `text_inputs` name them.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from .configuration import ModelConfig
+from .language import LanguageModel
+from .parameters import empty_parameter
+from .vision import MoonViT, Projector
+
+
+def vision_inputs(config: ModelConfig, patches: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a vision graph's inputs, in order; "float" is the graph's own dtype."""
+    half = config.vision.head_dim // 2
+    return {
+        "patches": ((patches, config.vision.patch_dim), "float"),
+        "taps": ((patches, 16), "int32"),
+        "tap_weights": ((patches, 16), "float"),
+        "cos": ((patches, half), "float"),
+        "sin": ((patches, half), "float"),
+        "valid": ((1,), "int32"),
+    }
+
+
+def text_inputs(
+    config: ModelConfig, batch: int, tokens: int, all_logits: bool
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a text graph's inputs, in order.
+
+    `embeds` are rows that replace token embeddings where `embeds_mask` is 1: image features, or a caller's own
+    `inputs_embeds`. `last` is each row's last valid token, for graphs that give only its logits.
+    """
+    half = config.text.qk_rope_head_dim // 2
+    inputs: dict[str, tuple[tuple[int, ...], str]] = {
+        "input_ids": ((batch, tokens), "int32"),
+        "embeds": ((batch, tokens, config.text.hidden_size), "float"),
+        "embeds_mask": ((batch, tokens), "int32"),
+        "cos": ((batch, tokens, half), "float"),
+        "sin": ((batch, tokens, half), "float"),
+        "start": ((batch,), "int32"),
+    }
+    if not all_logits:
+        inputs["last"] = ((batch,), "int32")
+    return inputs
+
+
+class VisionGraph(nn.Cell):
+    """One image -> projected features [N / 4, H] (, the tower's output [N / 4, 4, D] with taps)."""
+
+    def __init__(self, vision_tower: MoonViT, projector: Projector, config: ModelConfig, taps: bool) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = projector
+        self.block = config.vision.merge_kernel_size[0] * config.vision.merge_kernel_size[1]
+        self.taps = taps
+
+    def construct(self, patches, taps, tap_weights, cos, sin, valid):
+        x = self.vision_tower(patches, taps, tap_weights, cos, sin, valid)
+        y = self.multi_modal_projector(x)
+        if self.taps:
+            return y, ops.reshape(x, (-1, self.block, x.shape[-1]))
+        return y
+
+
+class TextGraph(nn.Cell):
+    """New tokens of each batch row -> logits of every token [B, T, V] (, taps). One token per row is decoding.
+
+    With taps two more outputs: hidden_states [L, B, T, H], the layers' outputs before the final norm, and
+    router_topk_indices [Lm, B, T, k], if there are MoE layers.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        kernels: ModuleType,
+        config: ModelConfig,
+        batch: int,
+        tokens: int,
+        context: int,
+        dtype: ms.Type,
+        taps: bool,
+    ) -> None:
+        super().__init__()
+        text = config.text
+        shapes = kernels.cache_shapes(batch, context, text.latent_dim)
+        self.caches = ms.ParameterTuple(
+            [
+                empty_parameter(shape, dtype, f"cache.{i}.{b}")
+                for i in range(text.num_hidden_layers)
+                for b, shape in enumerate(shapes)
+            ]
+        )
+        self.language_model = model
+        self.window = kernels.Window(batch, tokens, context)
+        self.batch, self.tokens, self.hidden = batch, tokens, text.hidden_size
+        self.vocab = text.vocab_size
+        self.moe_layers = len(text.moe_layers)
+        self.taps = taps
+
+    def layers(self, input_ids, embeds, embeds_mask, cos, sin, start):
+        """The last layer's output [R, H], and the taps."""
+        rows = self.batch * self.tokens
+        x = self.language_model.model.embed_tokens(ops.reshape(input_ids, (rows,)))
+        replaced = ops.broadcast_to(ops.greater(ops.reshape(embeds_mask, (rows, 1)), 0), (rows, self.hidden))
+        x = ops.select(replaced, ops.reshape(embeds, (rows, self.hidden)), x)
+        cos, sin = ops.reshape(cos, (rows, -1)), ops.reshape(sin, (rows, -1))
+        hidden, routing = self.language_model.model(x, cos, sin, self.caches, self.window(start))
+        taps = ()
+        if self.taps:
+            taps += (ops.reshape(ops.stack(hidden), (-1, self.batch, self.tokens, self.hidden)),)
+            if self.moe_layers > 0:
+                taps += (ops.reshape(ops.stack(routing), (self.moe_layers, self.batch, self.tokens, -1)),)
+        return hidden[-1], taps
+
+    def construct(self, input_ids, embeds, embeds_mask, cos, sin, start):
+        x, taps = self.layers(input_ids, embeds, embeds_mask, cos, sin, start)
+        logits = ops.reshape(self.language_model(x), (self.batch, self.tokens, self.vocab))
+        return (logits,) + taps
+
+
+class LastLogitsGraph(TextGraph):
+    """A chunk of tokens of each batch row -> logits of each row's last valid token [B, 1, V] (, taps)."""
+
+    def construct(self, input_ids, embeds, embeds_mask, cos, sin, start, last):
+        x, taps = self.layers(input_ids, embeds, embeds_mask, cos, sin, start)
+        rows = last + ops.arange(self.batch).astype(ms.int32) * self.tokens
+        logits = ops.reshape(self.language_model(ops.gather(x, rows, 0)), (self.batch, 1, self.vocab))
+        return (logits,) + taps

@@ -1,0 +1,255 @@
+"""Plain graph operators: what any MindSpore runs, on any device.
+
+On a CPU parameters are fp32: its MatMul and Gather have no bf16 kernel, and fp16 is several times slower for the
+single rows of decoding. The operators below were checked against float64 on the CPU (2.10.0): softmax 2.5e-7,
+SiLU 4e-8, GELU 1e-8, LayerNorm 5e-8 relative L2; `ops.tanh` (2e-5) and `ops.exp` (1e-5) are not accurate enough.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import nn, ops
+from mindspore.ops import operations as P
+
+from ..configuration import TextConfig, VisionConfig
+
+# Numbers of a block of attention scores, heads x queries x keys: 64 MB in fp32. It bounds the memory of prefill and
+# vision attention, whose whole score matrix would be gigabytes.
+SCORE_BLOCK = 1 << 24
+# Score of a masked place. exp(MASKED - max) is exactly 0, so what stands in masked rows changes no bit of the
+# result; it is finite, so a row never turns into NaN.
+MASKED = -1e30
+
+
+def parameter_dtype(dtype: ms.Type) -> ms.Type:
+    """fp32 whatever the model's dtype: see the module's docstring."""
+    return ms.float32
+
+
+def cache_shapes(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
+    """One flat buffer per batch row: only then is ScatterUpdate in place and a shorter context a prefix view."""
+    return [(context, width)] * batch
+
+
+def query_block(heads: int, queries: int, keys: int) -> int:
+    """Query rows whose scores are computed at once: at most SCORE_BLOCK numbers, at least 64 rows."""
+    block = max(64, SCORE_BLOCK // (heads * keys))
+    return min(queries, block)
+
+
+class Linear(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = P.MatMul(transpose_b=True)
+
+    def construct(self, x, weight, bias=None):
+        y = self.matmul(x, weight)
+        if bias is not None:
+            y = y + bias
+        return y
+
+
+class Embedding(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather = P.Gather()
+
+    def construct(self, table, ids):
+        return self.gather(table, ids, 0)
+
+
+class RMSNorm(nn.Cell):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.mean = P.ReduceMean(True)
+
+    def construct(self, x, weight):
+        y = ops.cast(x, ms.float32)
+        y = y * ops.rsqrt(self.mean(y * y, -1) + self.eps)
+        return ops.cast(y * ops.cast(weight, ms.float32), x.dtype)
+
+
+class SwiGLU(nn.Cell):
+    def construct(self, gate_up):
+        half = gate_up.shape[-1] // 2
+        return ops.silu(gate_up[..., :half]) * gate_up[..., half:]
+
+
+class Router(nn.Cell):
+    """Sigmoid scores in fp32; the correction bias takes part in the choice only."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.factor = config.routed_scaling_factor
+        self.matmul = P.MatMul(transpose_b=True)
+        self.sigmoid = P.Sigmoid()
+        self.topk = P.TopK(sorted=True)
+        self.gather = P.GatherD()
+        self.sum = P.ReduceSum(True)
+
+    def construct(self, x, weight, bias):
+        scores = self.sigmoid(self.matmul(ops.cast(x, ms.float32), weight))  # (R, E)
+        _, indices = self.topk(scores + bias, self.k)
+        weights = self.gather(scores, 1, indices)
+        if self.normalise:
+            weights = weights / (self.sum(weights, -1) + 1e-20)
+        return indices, weights * self.factor
+
+
+class Experts(nn.Cell):
+    """Routed experts without data-dependent shapes: no token is ever dropped, whatever the skew.
+
+    Few rows (decoding): one gathered expert per row and slot. Many rows: every expert on every row, its activation
+    weighted with 0 where it was not chosen, and one matrix product that also sums over the experts.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.experts = config.n_routed_experts
+        self.gather = P.Gather()
+        self.matmul = P.MatMul()
+        self.batch_matmul = P.BatchMatMul()
+        self.sum = P.ReduceSum()
+        self.swiglu = SwiGLU()
+
+    def construct(self, x, gate_up, down, indices, weights):
+        weights = ops.cast(weights, x.dtype)
+        rows = x.shape[0]
+        if rows * self.k * 4 <= self.experts:
+            out = ()
+            for r in range(rows):
+                y = x[r : r + 1]
+                total = ops.zeros_like(y)
+                for s in range(self.k):
+                    e = indices[r, s]
+                    h = self.swiglu(self.matmul(y, self.gather(gate_up, e, 0)))
+                    total = total + self.matmul(h, self.gather(down, e, 0)) * weights[r, s]
+                out += (total,)
+            result = ops.concat(out, 0)
+        else:
+            chosen = ops.equal(
+                indices.expand_dims(-1), ops.arange(self.experts).astype(ms.int32)
+            )  # (R, k, E)
+            share = self.sum(ops.cast(chosen, x.dtype) * weights.expand_dims(-1), 1)  # (R, E)
+            h = ops.broadcast_to(x, (self.experts, rows, x.shape[1]))
+            h = self.swiglu(self.batch_matmul(h, gate_up))  # (E, R, I)
+            h = ops.transpose(h, (1, 0, 2)) * share.expand_dims(-1)  # (R, E, I)
+            result = self.matmul(ops.reshape(h, (rows, -1)), ops.reshape(down, (-1, down.shape[2])))
+        return result
+
+
+class Window(nn.Cell):
+    """Which cache rows each token writes and sees: its own slot, and every slot up to it."""
+
+    def __init__(self, batch: int, tokens: int, context: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.offsets = ms.Tensor(list(range(tokens)), ms.int32)
+        self.slots = ms.Tensor(list(range(context)), ms.int32)
+
+    def construct(self, start):
+        positions, masks = (), ()
+        for b in range(self.batch):
+            p = self.offsets + start[b]  # (T,)
+            positions += (p,)
+            masks += (ops.greater(self.slots.expand_dims(0), p.expand_dims(1)),)  # (T, S), True = not seen
+        return positions, masks
+
+
+class LatentAttention(nn.Cell):
+    """Multi-head latent attention over a static cache of normed latents and rotated shared keys.
+
+    One token per row attends in latent space (k_b absorbed into the query, v_b applied to the result), so the cache
+    is read as it is; a chunk expands keys and values of the window once and attends in query blocks.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope = config.qk_nope_head_dim
+        self.v = config.v_head_dim
+        self.lora = config.kv_lora_rank
+        self.scale = config.qk_head_dim**-0.5
+        self.write = P.ScatterUpdate()
+        self.matmul = P.MatMul()
+        self.matmul_t = P.MatMul(transpose_b=True)
+        self.batch_matmul = P.BatchMatMul()
+        self.batch_matmul_t = P.BatchMatMul(transpose_b=True)
+        self.softmax = P.Softmax(-1)
+
+    def construct(self, q, rows, caches, window, k_b, v_b):
+        positions, masks = window
+        batch = len(positions)
+        tokens = q.shape[0] // batch
+        out = ()
+        for b in range(batch):
+            at = b * tokens
+            cache = self.write(caches[b], positions[b], rows[at : at + tokens])  # (S, lora + rope)
+            q_b = ops.transpose(ops.reshape(q[at : at + tokens], (tokens, self.heads, -1)), (1, 0, 2))
+            if tokens == 1:
+                out += (self._decode(q_b, cache, masks[b], k_b, v_b),)
+            else:
+                out += (self._prefill(q_b, cache, masks[b], k_b, v_b),)
+        return ops.concat(out, 0)
+
+    def _probabilities(self, scores, mask):
+        scores = ops.masked_fill(ops.cast(scores, ms.float32) * self.scale, mask, MASKED)
+        return self.softmax(scores)
+
+    def _decode(self, q, cache, mask, k_b, v_b):
+        q_latent = self.batch_matmul(q[..., : self.nope], k_b)  # (heads, 1, nope) x (heads, nope, lora)
+        query = ops.reshape(ops.concat((q_latent, q[..., self.nope :]), -1), (self.heads, -1))
+        # cache x query^T, then a transposition of the small result: the fastest order on a CPU
+        scores = ops.transpose(self.matmul_t(cache, query), (1, 0))  # (heads, S)
+        p = ops.cast(self._probabilities(scores, mask), cache.dtype)
+        latent = self.matmul(p, cache)[:, : self.lora]
+        values = self.batch_matmul_t(ops.reshape(latent, (self.heads, 1, self.lora)), v_b)  # (heads, 1, v)
+        return ops.reshape(values, (1, -1))
+
+    def _prefill(self, q, cache, mask, k_b, v_b):
+        tokens, context = q.shape[1], cache.shape[0]
+        latent, k_rope = cache[:, : self.lora], cache[:, self.lora :]
+        keys = self.matmul_t(latent, ops.reshape(k_b, (-1, self.lora)))  # (S, heads * nope)
+        keys = ops.transpose(ops.reshape(keys, (context, self.heads, -1)), (1, 0, 2))
+        k_rope = ops.broadcast_to(k_rope, (self.heads, context, k_rope.shape[1]))
+        keys = ops.concat((keys, k_rope), -1)  # (heads, S, nope + rope)
+        values = self.matmul_t(latent, ops.reshape(v_b, (-1, self.lora)))
+        values = ops.transpose(ops.reshape(values, (context, self.heads, -1)), (1, 0, 2))  # (heads, S, v)
+        block = query_block(self.heads, tokens, context)
+        out = ()
+        for i in range(0, tokens, block):
+            scores = self.batch_matmul_t(q[:, i : i + block], keys)  # (heads, block, S)
+            p = ops.cast(self._probabilities(scores, mask[i : i + block]), values.dtype)
+            out += (self.batch_matmul(p, values),)
+        y = ops.concat(out, 1) if len(out) > 1 else out[0]
+        return ops.reshape(ops.transpose(y, (1, 0, 2)), (tokens, -1))  # (T, heads * v)
+
+
+class VisionAttention(nn.Cell):
+    """Full attention within one image, in query blocks; patches from `valid` on are padding and not seen."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.scale = config.head_dim**-0.5
+        self.batch_matmul = P.BatchMatMul()
+        self.batch_matmul_t = P.BatchMatMul(transpose_b=True)
+        self.softmax = P.Softmax(-1)
+
+    def construct(self, q, k, v, valid):
+        n = q.shape[0]
+        q, k, v = ops.transpose(q, (1, 0, 2)), ops.transpose(k, (1, 0, 2)), ops.transpose(v, (1, 0, 2))
+        mask = ops.greater_equal(ops.arange(n).astype(ms.int32), valid)  # (N,)
+        block = query_block(self.heads, n, n)
+        out = ()
+        for i in range(0, n, block):
+            scores = self.batch_matmul_t(q[:, i : i + block], k)  # (heads, block, N)
+            scores = ops.masked_fill(ops.cast(scores, ms.float32) * self.scale, mask, MASKED)
+            p = ops.cast(self.softmax(scores), v.dtype)
+            out += (self.batch_matmul(p, v),)
+        y = ops.concat(out, 1) if len(out) > 1 else out[0]
+        return ops.reshape(ops.transpose(y, (1, 0, 2)), (n, -1))

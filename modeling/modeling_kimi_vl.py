@@ -1,0 +1,306 @@
+"""`KimiVLForConditionalGeneration`: the network, natively compiled, behind the API people know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+from mindspore import nn
+
+from .buckets import contexts, largest_image, patch_buckets
+from .cache import RowCache
+from .configuration import ConfigError, ModelConfig
+from .engine import Arrays, Engine
+from .generation import KimiVLGeneration
+from .graphs import LastLogitsGraph, TextGraph, VisionGraph, text_inputs, vision_inputs
+from .kernels import get_kernels
+from .language import LanguageModel
+from .settings import generation_settings, in_token_limit
+from .vision import MoonViT, Projector
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_CONTEXT = 4096
+DEFAULT_PREFILL_CHUNK = 256
+
+_DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
+_NUMPY = {
+    ms.float32: np.dtype(np.float32),
+    ms.float16: np.dtype(np.float16),
+    ms.bfloat16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def mindspore_dtype(value: Any) -> ms.Type:
+    """The MindSpore dtype of a name ("bfloat16", "torch.bfloat16") or a dtype.
+
+    Raises:
+        ConfigError: not a float dtype that the network takes.
+    """
+    if isinstance(value, str):
+        value = _DTYPES.get(value.removeprefix("torch."), value)
+    if value not in _NUMPY:
+        raise ConfigError(f"dtype: {value!r}, expected one of {', '.join(_DTYPES)}")
+    return value
+
+
+class NativeGraphs:
+    """Compiles graphs from the network when they are first needed. See `engine.Graphs`."""
+
+    def __init__(
+        self, model: KimiVLForConditionalGeneration, max_context: int, chunk: int, patches: int
+    ) -> None:
+        self._model = model
+        self._cells: dict[tuple, nn.Cell] = {}
+        self._bound: dict[tuple, tuple[RowCache, ...]] = {}
+        self.contexts: Sequence[int] = contexts(max_context)
+        self.patches: Sequence[int] = patch_buckets(patches)
+        self.chunk = min(chunk, max_context)
+
+    def batch(self, rows: int) -> int:
+        return rows
+
+    def _cell(self, key: tuple, build: Callable[[], nn.Cell]) -> nn.Cell:
+        if key not in self._cells:
+            self._model.check_weights()
+            self._cells[key] = build().set_train(False)
+        return self._cells[key]
+
+    def vision(self, patches: int, inputs: Arrays, taps: bool) -> list[np.ndarray]:
+        m = self._model
+        cell = self._cell(
+            ("vision", patches, taps),
+            lambda: VisionGraph(m.vision_tower, m.multi_modal_projector, m.model_config, taps),
+        )
+        return run_cell(cell, vision_inputs(m.model_config, patches), inputs)
+
+    def text(
+        self,
+        tokens: int,
+        context: int,
+        rows: Sequence[RowCache],
+        inputs: Arrays,
+        all_logits: bool,
+        taps: bool,
+    ) -> list[np.ndarray]:
+        m = self._model
+        batch = len(rows)
+        graph = TextGraph if all_logits else LastLogitsGraph
+        key = ("text", batch, tokens, context, all_logits, taps)
+        cell = self._cell(
+            key,
+            lambda: graph(
+                m.language_model, m.kernels, m.model_config, batch, tokens, context, ms.float32, taps
+            ),
+        )
+        bound = tuple(rows)
+        if self._bound.get(key) != bound:
+            bind_caches(cell.caches, rows, context)
+            self._bound[key] = bound
+        return run_cell(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
+
+
+def bind_caches(parameters: Sequence[ms.Parameter], rows: Sequence[RowCache], context: int) -> None:
+    """Make a graph's cache parameters prefixes of these rows' buffers (layer by layer, then row by row)."""
+    for i, parameter in enumerate(parameters):
+        buffer = rows[i % len(rows)].buffers[i // len(rows)]
+        parameter.set_data(ms.Tensor.from_numpy(buffer[:context]))
+
+
+def run_cell(cell: nn.Cell, spec: dict[str, tuple], inputs: Arrays) -> list[np.ndarray]:
+    """Run a compiled cell in graph mode, whatever the caller's mode is."""
+    tensors = [ms.Tensor.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec]
+    out = cell.compile_and_run(*tensors)
+    return [t.asnumpy() for t in (out if isinstance(out, tuple) else (out,))]
+
+
+class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
+    """Kimi-VL: vision tower, projector, language model.
+
+    Call it (see :meth:`KimiVLForward.forward`) or :meth:`generate`; graphs are compiled when first needed. Parameter
+    names and layouts are those of a converted checkpoint.
+
+    Args:
+        config: KimiVLConfig or ModelConfig.
+        dtype: what the weights are rounded to; default: the configuration's. Backends that cannot compute in it
+            (a CPU with plain operators) widen the rounded weights to fp32.
+        max_context: tokens of the largest cache; default min(4096, max_position_embeddings).
+        prefill_chunk: tokens that one prefill graph takes.
+        max_image_patches: patches of the largest vision graph; default: what `in_token_limit` needs.
+        kernels: backend of the operators, see `modeling.kernels`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dtype: Any = None,
+        max_context: int | None = None,
+        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        max_image_patches: int | None = None,
+        kernels: str = "plain",
+    ) -> None:
+        super().__init__(auto_prefix=True)
+        self.config = config
+        model_config = config if isinstance(config, ModelConfig) else config.to_model_config()
+        positions = model_config.text.max_position_embeddings
+        if max_context is None:
+            max_context = min(DEFAULT_MAX_CONTEXT, positions)
+        if not 0 < max_context <= positions:
+            raise ConfigError(
+                f"max_context: {max_context}, expected 1 to max_position_embeddings ({positions})"
+            )
+        if prefill_chunk < 1:
+            raise ConfigError(f"prefill_chunk: {prefill_chunk}, expected a positive number")
+        self.dtype = mindspore_dtype(model_config.dtype if dtype is None else dtype)
+        self.kernels = get_kernels(kernels)
+        held = self.kernels.parameter_dtype(self.dtype)
+        self.vision_tower = MoonViT(self.kernels, held, model_config.vision)
+        self.multi_modal_projector = Projector(self.kernels, held, model_config)
+        self.language_model = LanguageModel(self.kernels, held, model_config.text)
+        self.generation_config = None
+        graphs = NativeGraphs(self, max_context, prefill_chunk, max_image_patches or largest_image(4096))
+        self.engine = Engine(model_config, graphs)
+        if getattr(ms.Parameter, "init_param", True):
+            self._initialise(np.random.default_rng(0), getattr(config, "initializer_range", 0.02))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`KimiVLForward.forward`."""
+        return self.forward(*args, **kwargs)
+
+    # Weights -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _from_config(
+        cls,
+        config: Any,
+        torch_dtype: Any = None,
+        mindspore_dtype: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> KimiVLForConditionalGeneration:
+        """A network with random weights."""
+        kwargs.pop("attn_implementation", None)
+        return cls(config, dtype=_one_dtype(torch_dtype, mindspore_dtype, dtype), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        src: str | Path,
+        *,
+        mindspore_dtype: Any = None,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        config: Any = None,
+        max_context: int | None = None,
+        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        max_image_patches: int | None = None,
+        output_loading_info: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool | None = None,
+        use_safetensors: bool | None = None,
+        local_files_only: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+    ) -> Any:
+        """The network with the weights of a published or converted directory, a Hub repo id, or ``nano``.
+
+        A published directory is converted on the fly. `attn_implementation`, `trust_remote_code` and what only
+        concerns Torch are accepted and change nothing: there is one implementation and no remote code.
+
+        Raises:
+            ValueError: the directory is no Kimi-VL checkpoint, or is damaged; the message names what and how.
+        """
+        from ..convert.source import open_weights
+        from .configuration_kimi_vl import KimiVLConfig
+
+        weights = open_weights(src)
+        if config is None:
+            config = KimiVLConfig.from_dict(dict(weights.raw_config))
+        limit = in_token_limit(weights.directory)
+        init_param = getattr(ms.Parameter, "init_param", True)
+        ms.Parameter.init_param = False  # the weights come from the checkpoint
+        try:
+            model = cls(
+                config,
+                dtype=_one_dtype(torch_dtype, mindspore_dtype, dtype) or weights.config.dtype,
+                max_context=max_context,
+                prefill_chunk=prefill_chunk,
+                max_image_patches=max_image_patches or largest_image(limit),
+            )
+        finally:
+            ms.Parameter.init_param = init_param
+        info = model.load_weights(weights)
+        model.generation_config = generation_settings(weights.directory, model.model_config)
+        return (model, info) if output_loading_info else model
+
+    def load_weights(self, weights: Any) -> dict[str, list]:
+        """Set every parameter from `weights` (see `convert.source`), one tensor at a time."""
+        asked, missing, left = self.dtype, [], set(weights.names())
+        widened = False
+        for name, parameter in self.parameters_dict().items():
+            if name not in left:
+                missing.append(name)
+                continue
+            left.discard(name)
+            array = weights.read(name)
+            if tuple(array.shape) != tuple(parameter.shape):
+                raise ConfigError(
+                    f"{name}: shape {tuple(array.shape)}, expected {tuple(parameter.shape)} from the configuration"
+                )
+            if not name.endswith(("mlp.gate.weight", "mlp.gate.e_score_correction_bias")):
+                array = array.astype(_NUMPY[asked], copy=False)
+            held = array.astype(_NUMPY[parameter.dtype], copy=False)
+            widened |= held is not array
+            parameter.set_data(ms.Tensor.from_numpy(np.ascontiguousarray(held)))
+        if missing:
+            raise ConfigError(
+                f"{weights.directory}: has no tensor for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + "; does the configuration belong to this checkpoint?"
+            )
+        if widened:
+            logger.info("weights in %s are widened to fp32: this backend cannot multiply them well", asked)
+        return {
+            "missing_keys": missing,
+            "unexpected_keys": sorted(left),
+            "mismatched_keys": [],
+            "error_msgs": [],
+        }
+
+    def _initialise(self, rng: np.random.Generator, std: float) -> None:
+        """Random weights: normal matrices, norms of 1, biases of 0."""
+        for name, p in self.parameters_dict().items():
+            if name.endswith("bias"):
+                a = np.zeros(p.shape, np.float32)
+            elif "norm" in name:
+                a = np.ones(p.shape, np.float32)
+            else:
+                a = rng.standard_normal(p.shape, np.float32) * np.float32(std)
+            if p.dtype == ms.float32:
+                a = a.astype(_NUMPY[self.dtype]).astype(np.float32)
+            p.set_data(ms.Tensor.from_numpy(a.astype(_NUMPY[p.dtype], copy=False)))
+
+    def check_weights(self) -> None:
+        """Raises ConfigError if a parameter was never filled: its memory would be arbitrary."""
+        for name, p in self.parameters_dict().items():
+            if not _has_data(p):
+                raise ConfigError(f"{name}: has no data; load a checkpoint before running the model")
+
+    def array(self, name: str) -> np.ndarray:
+        return self.parameters_dict()[name].asnumpy()
+
+
+def _one_dtype(*values: Any) -> Any:
+    given = [v for v in values if v is not None and v != "auto"]
+    return given[0] if given else None
+
+
+def _has_data(parameter: ms.Parameter) -> bool:
+    if getattr(parameter, "has_init", False):
+        return False
+    return str(getattr(parameter, "device", "CPU")) != "meta"

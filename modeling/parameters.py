@@ -1,0 +1,21 @@
+"""Parameters that own no memory until weights are set."""
+
+from __future__ import annotations
+
+import mindspore as ms
+
+
+def empty_parameter(shape: tuple[int, ...], dtype: ms.Type, name: str = "weight") -> ms.Parameter:
+    """A parameter with a shape and a dtype but no data.
+
+    A network is always built from these, then filled (``set_data``) or only traced: so neither loading nor export
+    holds the weights a second time.
+    """
+    if hasattr(ms, "DeviceCtx"):
+        with ms.DeviceCtx("meta"):
+            return ms.Parameter(ms.Tensor(shape=tuple(shape), dtype=dtype), name=name, requires_grad=False)
+    from mindspore.common.initializer import initializer  # MindSpore before 2.10
+    from mindspore.nn.utils import no_init_parameters
+
+    with no_init_parameters():
+        return ms.Parameter(initializer("zeros", tuple(shape), dtype), name=name, requires_grad=False)

@@ -1,0 +1,134 @@
+"""MoonViT vision tower and the projector into the text model's width.
+
+One image per call, padded to a static number of patches N. The host hands in the patches in merge order (the patches
+of a 2x2 block next to each other, so that merging is a reshape), the position table's taps and weights, and the rotary
+tables; see `vision_inputs`. Attribute paths are the parameter names that the conversion table writes.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import mindspore as ms
+from mindspore import nn, ops
+from mindspore.ops import operations as P
+
+from .configuration import ModelConfig, VisionConfig
+from .language import Linear, rotate_half
+from .parameters import empty_parameter
+
+LAYER_NORM_EPS = 1e-5
+
+
+class LayerNorm(nn.Cell):
+    def __init__(self, dtype: ms.Type, size: int) -> None:
+        super().__init__()
+        self.weight = empty_parameter((size,), dtype)
+        self.bias = empty_parameter((size,), dtype, "bias")
+        self.norm = P.LayerNorm(-1, -1, LAYER_NORM_EPS)
+
+    def construct(self, x):
+        y, _, _ = self.norm(x, self.weight, self.bias)
+        return y
+
+
+class PositionTable(nn.Cell):
+    """Bicubic interpolation of the learned table: 16 taps and weights per patch, computed by the host."""
+
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+        super().__init__()
+        entries = config.init_pos_emb_height * config.init_pos_emb_width
+        self.weight = empty_parameter((entries, config.hidden_size), dtype)
+        self.lookup = kernels.Embedding()
+
+    def construct(self, taps, weights):
+        y = self.lookup(self.weight, taps[:, 0]) * weights[:, 0:1]
+        for i in range(1, taps.shape[1]):  # tap by tap: all at once would hold 16 x N x D numbers
+            y = y + self.lookup(self.weight, taps[:, i]) * weights[:, i : i + 1]
+        return y
+
+
+class PatchEmbed(nn.Cell):
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = Linear(kernels, dtype, config.patch_dim, config.hidden_size, bias=True)
+        self.pos_emb = PositionTable(kernels, dtype, config)
+
+    def construct(self, patches, taps, weights):
+        return self.proj(patches) + self.pos_emb(taps, weights)
+
+
+class VisionMLP(nn.Cell):
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc0 = Linear(kernels, dtype, config.hidden_size, config.intermediate_size, bias=True)
+        self.fc1 = Linear(kernels, dtype, config.intermediate_size, config.hidden_size, bias=True)
+        self.gelu = P.GeLU()  # the tanh form
+
+    def construct(self, x):
+        return self.fc1(self.gelu(self.fc0(x)))
+
+
+class VisionBlock(nn.Cell):
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.norm0 = LayerNorm(dtype, d)
+        self.norm1 = LayerNorm(dtype, d)
+        self.wqkv = Linear(kernels, dtype, d, 3 * d, bias=True)
+        self.wo = Linear(kernels, dtype, d, d, bias=True)
+        self.mlp = VisionMLP(kernels, dtype, config)
+        self.attention = kernels.VisionAttention(config)
+
+    def construct(self, x, cos, sin, valid):
+        n = x.shape[0]
+        qkv = ops.reshape(self.wqkv(self.norm0(x)), (n, 3, self.heads, -1))
+        q = rotate_half(qkv[:, 0], cos, sin)  # (N, heads, head_dim)
+        k = rotate_half(qkv[:, 1], cos, sin)
+        x = x + self.wo(self.attention(q, k, qkv[:, 2], valid))
+        return x + self.mlp(self.norm1(x))
+
+
+class Encoder(nn.Cell):
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+        super().__init__()
+        self.blocks = nn.CellList(
+            [VisionBlock(kernels, dtype, config) for _ in range(config.num_hidden_layers)]
+        )
+        self.final_layernorm = LayerNorm(dtype, config.hidden_size)
+
+    def construct(self, x, cos, sin, valid):
+        for block in self.blocks:
+            x = block(x, cos, sin, valid)
+        return self.final_layernorm(x)
+
+
+class MoonViT(nn.Cell):
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(kernels, dtype, config)
+        self.encoder = Encoder(kernels, dtype, config)
+
+    def construct(self, patches, taps, weights, cos, sin, valid):
+        """patches [N, 3 * 14 * 14] in merge order -> [N, D]."""
+        x = self.patch_embed(patches, taps, weights)
+        return self.encoder(x, cos.expand_dims(1), sin.expand_dims(1), valid)
+
+
+class Projector(nn.Cell):
+    """LayerNorm per patch, concatenation of a merge block, linear, GELU (erf), linear."""
+
+    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: ModelConfig) -> None:
+        super().__init__()
+        merged = config.vision.merged_dim
+        self.merged = merged
+        self.pre_norm = LayerNorm(dtype, config.vision.hidden_size)
+        self.linear_1 = Linear(kernels, dtype, merged, merged, bias=True)
+        self.linear_2 = Linear(kernels, dtype, merged, config.text.hidden_size, bias=True)
+
+    def construct(self, x):
+        """[N, D] in merge order -> [N / 4, H]."""
+        h = self.linear_1(ops.reshape(self.pre_norm(x), (-1, self.merged)))
+        h = 0.5 * h * (1.0 + ops.erf(h * 0.7071067811865476))
+        return self.linear_2(h)
