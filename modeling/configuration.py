@@ -30,8 +30,8 @@ class TextConfig:
     moe_intermediate_size: int = 2048
     num_hidden_layers: int = 61
     num_attention_heads: int = 128
-    n_shared_experts: int | None = 1
-    n_routed_experts: int | None = 256
+    n_shared_experts: int = 1  # 0 (null in the file): none
+    n_routed_experts: int = 256  # 0 (null in the file): every layer is dense
     num_experts_per_tok: int = 8
     moe_layer_freq: int = 1
     first_k_dense_replace: int = 3
@@ -68,11 +68,11 @@ class TextConfig:
 
     @property
     def shared_intermediate_size(self) -> int:
-        return self.moe_intermediate_size * (self.n_shared_experts or 0)
+        return self.moe_intermediate_size * self.n_shared_experts
 
     def is_moe(self, layer: int) -> bool:
         return (
-            self.n_routed_experts is not None
+            self.n_routed_experts > 0
             and layer >= self.first_k_dense_replace
             and layer % self.moe_layer_freq == 0
         )
@@ -93,7 +93,7 @@ class VisionConfig:
     num_hidden_layers: int = 27
     hidden_size: int = 1152
     intermediate_size: int = 4304
-    merge_kernel_size: tuple[int, int] = (2, 2)
+    merge_kernel_size: tuple[int, ...] = (2, 2)
 
     @property
     def head_dim(self) -> int:
@@ -132,7 +132,8 @@ class ModelConfig:
                 f"config.json: model_type is {raw.get('model_type')!r}, expected 'kimi_vl'; "
                 "is this a Kimi-VL checkpoint?"
             )
-        text_raw, vision_raw = dict(raw.get("text_config") or {}), dict(raw.get("vision_config") or {})
+        text_raw: dict[str, Any] = dict(raw.get("text_config") or {})
+        vision_raw: dict[str, Any] = dict(raw.get("vision_config") or {})
         rope = text_raw.pop("rope_parameters", None)
         if rope:  # transformers 5 writes both rope fields as one
             text_raw.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
@@ -140,6 +141,9 @@ class ModelConfig:
                 text_raw.setdefault("rope_scaling", rope)
         if vision_raw.get("merge_kernel_size") is not None:
             vision_raw["merge_kernel_size"] = tuple(vision_raw["merge_kernel_size"])
+        for name in ("n_shared_experts", "n_routed_experts"):
+            if name in text_raw and text_raw[name] is None:
+                text_raw[name] = 0
         text, vision = _known(TextConfig, text_raw), _known(VisionConfig, vision_raw)
         top = {f: raw[f] for f in ("media_placeholder_token_id", "ignore_index") if raw.get(f) is not None}
         pad = raw.get("pad_token_id")
@@ -195,12 +199,14 @@ class ModelConfig:
         positive = [(f"text_config.{f.name}", getattr(t, f.name)) for f in fields(t) if f.type == "int"]
         positive += [(f"vision_config.{f.name}", getattr(v, f.name)) for f in fields(v) if f.type == "int"]
         for name, value in positive:
-            least = 0 if name.endswith("first_k_dense_replace") else 1
+            least = (
+                0 if name.endswith(("first_k_dense_replace", "n_shared_experts", "n_routed_experts")) else 1
+            )
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(
                     f"config.json: {name} is {value!r}, expected an integer of at least {least}"
                 )
-        for ok, name, value, wanted in (
+        for ok, name, found, needed in (
             (
                 t.qk_rope_head_dim % 2 == 0,
                 "text_config.qk_rope_head_dim",
@@ -227,7 +233,7 @@ class ModelConfig:
                 "two positive integers",
             ),
             (
-                t.n_routed_experts is None or 0 < t.num_experts_per_tok <= t.n_routed_experts,
+                t.n_routed_experts == 0 or 0 < t.num_experts_per_tok <= t.n_routed_experts,
                 "text_config.num_experts_per_tok",
                 t.num_experts_per_tok,
                 f"at most n_routed_experts ({t.n_routed_experts})",
@@ -240,7 +246,7 @@ class ModelConfig:
             ),
         ):
             if not ok:
-                raise ConfigError(f"config.json: {name} is {value!r}, expected {wanted}")
+                raise ConfigError(f"config.json: {name} is {found!r}, expected {needed}")
 
 
 def _known(cls: type, raw: Mapping[str, Any]) -> Any:

@@ -40,8 +40,8 @@ class KimiVLOutput(ModelOutput):
     taps: Any = None
 
 
-def to_numpy(value: Any) -> np.ndarray | None:
-    """A numpy array of an argument that may be a MindSpore tensor (of any dtype), an array or a list."""
+def to_numpy(value: Any) -> Any:
+    """A numpy array of an argument that may be a MindSpore tensor (of any dtype), an array or a list; None stays."""
     if value is None:
         return None
     if isinstance(value, ms.Tensor):

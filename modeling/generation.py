@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
 import numpy as np
+from transformers.utils import ModelOutput
 
 from .cache import LatentCache
 from .engine import Row
@@ -15,8 +16,15 @@ from .forward import InputError, KimiVLForward, to_numpy
 
 logger = logging.getLogger(__name__)
 
-_UNSET: Any = object()
 _DEFAULT_NEW_TOKENS = 20  # as transformers
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """What `generate` gives with return_dict_in_generate=True."""
+
+    sequences: Any = None
+    past_key_values: Any = None
 
 
 @dataclass
@@ -80,7 +88,6 @@ class Settings:
     eos: list[int]
     pad: int
     return_dict: bool = False
-    ignored: list[str] = field(default_factory=list)
 
     def limit(self, prompt: int) -> int:
         """New tokens for a prompt of this many."""
@@ -179,7 +186,7 @@ class KimiVLGeneration(KimiVLForward):
         seed: int | None = None,
         inputs: Any = None,
         **options: Any,
-    ) -> ms.Tensor:
+    ) -> Any:
         """Prompt and new tokens [B, T + n], in the dtype of `input_ids`; finished rows are filled with pad.
 
         Args:
@@ -215,9 +222,7 @@ class KimiVLGeneration(KimiVLForward):
         ids = np.concatenate((given, new.astype(given.dtype)), 1)
         result = ms.Tensor(ids)
         if settings.return_dict:
-            from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-            return GenerateDecoderOnlyOutput(sequences=result, past_key_values=cache)
+            return GenerateOutput(sequences=result, past_key_values=cache)
         return result
 
     def _prefill(

@@ -130,7 +130,7 @@ class TextGraph(nn.Cell):
 class LastLogitsGraph(TextGraph):
     """A chunk of tokens of each batch row -> logits of each row's last valid token [B, 1, V] (, taps)."""
 
-    def construct(self, input_ids, embeds, embeds_mask, cos, sin, start, last):
+    def construct(self, input_ids, embeds, embeds_mask, cos, sin, start, last):  # type: ignore[override]
         x, taps = self.layers(input_ids, embeds, embeds_mask, cos, sin, start)
         rows = last + ops.arange(self.batch).astype(ms.int32) * self.tokens
         logits = ops.reshape(self.language_model(ops.gather(x, rows, 0)), (self.batch, 1, self.vocab))

@@ -134,7 +134,7 @@ class MoE(nn.Cell):
         super().__init__()
         self.gate = Gate(kernels, config)
         self.experts = Experts(kernels, dtype, config)
-        self.shared = bool(config.n_shared_experts)
+        self.shared = config.n_shared_experts > 0
         if self.shared:
             self.shared_experts = MLP(kernels, dtype, config.hidden_size, config.shared_intermediate_size)
 

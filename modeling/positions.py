@@ -27,7 +27,7 @@ def text_rope(positions: np.ndarray, theta: float, dim: int) -> tuple[np.ndarray
     return _cos_sin(positions.astype(np.float32)[..., None] * inverse_frequencies(theta, dim))
 
 
-def merge_order(h: int, w: int, kernel: tuple[int, int]) -> np.ndarray:
+def merge_order(h: int, w: int, kernel: tuple[int, ...]) -> np.ndarray:
     """Row-major patch numbers [h * w], reordered so that the patches of a merge block follow one another."""
     kh, kw = kernel
     grid = np.arange(h * w).reshape(h // kh, kh, w // kw, kw)
