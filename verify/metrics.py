@@ -7,11 +7,18 @@ Every function returns plain numbers and lists, ready for JSON. Positions are in
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 Metrics = dict[str, Any]
+
+
+class GreedyRun(Protocol):
+    tokens: np.ndarray  # [B, n]
+    seconds: np.ndarray
+    margins: np.ndarray
+
 
 # fp32 selection scores of two correct implementations differ by about this much (scores lie in 0..1): a choice
 # between experts that are nearer than this is a toss-up, and what follows from it says nothing about either.
@@ -176,34 +183,36 @@ def comparable_places(
     return mask & ~np.concatenate([np.zeros_like(lost[:1]), lost])
 
 
-def greedy_metrics(reference: np.ndarray, margins: np.ndarray, candidate: np.ndarray) -> Metrics:
+def greedy_metrics(reference: GreedyRun, candidate: np.ndarray) -> Metrics:
     """How long greedy generation stays the same.
 
     Args:
-        reference, candidate: tokens `[B, n]`; a candidate of fewer steps is one that stopped.
-        margins: distance of the reference's best two logits at each step `[B, n]`.
+        reference: see `oracle.Greedy`.
+        candidate: tokens `[B, n]`; fewer steps are those of a candidate that stopped.
 
     Returns:
         `rows`, `steps` n, `prefix` (equal first tokens, by row), `min_margin`, and `divergences`: per diverging row
-        the `row`, `step`, the reference's `margin` there, and both tokens.
+        the `row`, `step`, both tokens (the candidate's None where it stopped), and the `margin`: what the reference
+        saw between its best two tokens if the candidate took the second, else 1e9, for that is no tie.
     """
-    rows, steps = reference.shape
+    rows, steps = reference.tokens.shape
     if candidate.ndim != 2 or len(candidate) != rows:
         raise ValueError(f"greedy tokens of shape {candidate.shape}, expected ({rows}, {steps})")
     prefixes, divergences = [], []
     for row in range(rows):
         c = candidate[row, :steps]
-        same = np.append(reference[row, : len(c)] == c, False)
+        same = np.append(reference.tokens[row, : len(c)] == c, False)
         prefix = int(same.argmin())
         prefixes.append(prefix)
         if prefix < steps:
             token = int(c[prefix]) if prefix < len(c) else None
+            second = token == int(reference.seconds[row, prefix])
             divergences.append(
                 {
                     "row": row,
                     "step": prefix,
-                    "margin": float(margins[row, prefix]),
-                    "reference": int(reference[row, prefix]),
+                    "margin": float(reference.margins[row, prefix]) if second else 1e9,
+                    "reference": int(reference.tokens[row, prefix]),
                     "candidate": token,
                 }
             )
@@ -211,7 +220,7 @@ def greedy_metrics(reference: np.ndarray, margins: np.ndarray, candidate: np.nda
         "rows": rows,
         "steps": steps,
         "prefix": prefixes,
-        "min_margin": float(margins.min()),
+        "min_margin": float(reference.margins.min()),
         "divergences": divergences,
     }
 

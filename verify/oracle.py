@@ -6,8 +6,9 @@ no remote code runs.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ __all__ = ["Greedy", "Oracle", "OracleError", "build_network", "build_oracle", "
 
 Inputs = Mapping[str, np.ndarray]
 Taps = dict[str, np.ndarray]
+
+# Below this width, threads wait for each other longer than they compute; many times longer on a busy machine.
+_ONE_THREAD_WIDTH = 512
 
 
 def build_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> Oracle:
@@ -125,9 +129,11 @@ def _interpolating_any_table(module: Any) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Greedy:
-    """`tokens` [B, n] int64, `margins` [B, n] (distance of the best two logits at each step), `logits_after` [B, V]."""
+    """`tokens` [B, n] int64, at each step `seconds`, the second best, and `margins`, the distance of the best two
+    logits; `logits_after` [B, V], when the last token was fed."""
 
     tokens: np.ndarray
+    seconds: np.ndarray
     margins: np.ndarray
     logits_after: np.ndarray
 
@@ -142,6 +148,16 @@ class Oracle:
     @property
     def dtype(self) -> torch.dtype:
         return self.network.lm_head.weight.dtype
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        if self.config.text.hidden_size < _ONE_THREAD_WIDTH:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Taps:
@@ -160,21 +176,26 @@ class Oracle:
             Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
         """
         arguments, mask = self._arguments(inputs)
-        with _Recorder(self.network.model) as recorder:
+        with self._threads(), _Recorder(self.network.model) as recorder:
             logits = self.network(**arguments, use_cache=False).logits
         return recorder.taps(mask) | {"logits": _numpy(logits) * mask[..., None]}
 
     @torch.no_grad()
     def greedy(self, inputs: Inputs, n: int) -> Greedy:
         """`n` cached greedy steps after the prompt; no stop token is honoured."""
+        with self._threads():
+            return self._greedy(inputs, n)
+
+    def _greedy(self, inputs: Inputs, n: int) -> Greedy:
         arguments, mask = self._arguments(inputs)
         attention = torch.from_numpy(mask).long()
         position = arguments["position_ids"][:, -1:]
         out = self.network(**arguments, use_cache=True, logits_to_keep=1)
-        tokens, margins = [], []
+        tokens, seconds, margins = [], [], []
         for _ in range(n):
             best, ids = out.logits[:, -1].float().topk(2, dim=-1)
             tokens.append(ids[:, 0])
+            seconds.append(ids[:, 1])
             margins.append(best[:, 0] - best[:, 1])
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
             position = position + 1
@@ -186,7 +207,10 @@ class Oracle:
                 use_cache=True,
             )
         return Greedy(
-            torch.stack(tokens, 1).numpy(), _numpy(torch.stack(margins, 1)), _numpy(out.logits[:, -1])
+            tokens=torch.stack(tokens, 1).numpy(),
+            seconds=torch.stack(seconds, 1).numpy(),
+            margins=_numpy(torch.stack(margins, 1)),
+            logits_after=_numpy(out.logits[:, -1]),
         )
 
     def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], np.ndarray]:

@@ -1,0 +1,235 @@
+"""Thresholds, as data, and the verdict on a run.
+
+A profile is a JSON file: a list of gates, each with the taps it is for (a pattern), the metric, and the limit. A
+metric that is a list of events with a `margin` is counted; events whose margin is below `tie`, as a share of the
+largest logit, are toss-ups of the reference's own and are noted apart.
+
+Some things fail whatever the profile says: a NaN or an infinity, a case in which the candidate raised, a tap that the
+candidate promised and did not give, a run without cases.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# In network order; "layers.0" and "router.0" stand for those of every layer.
+TAPS = (
+    *("vision_out", "projector_out", "inputs_embeds", "router.0", "layers.0"),
+    *("logits", "greedy", "tapped_logits", "comparable"),
+)
+PROFILES = Path(__file__).parent / "profiles"
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist or cannot be understood, or a run that lacks what it asks for."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    taps: str
+    metric: str
+    at_most: float
+    tie: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    what: str
+    gates: tuple[Gate, ...]
+
+    def limit(self, tap: str, metric: str) -> float | None:
+        """What is allowed, where a gate says so."""
+        return next(
+            (g.at_most for g in self.gates if g.metric == metric and fnmatch.fnmatch(tap, g.taps)), None
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One gate on one tap of one case."""
+
+    case: str
+    tap: str
+    metric: str
+    value: float | str
+    limit: float
+    ok: bool
+    says: str = ""
+
+    @property
+    def where(self) -> str:
+        return describe_tap(self.tap)
+
+
+@dataclass
+class Verdict:
+    """`findings` in the order of cases, taps in network order; `notes` is what a reader must know beside them."""
+
+    profile: str
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [f for f in self.findings if not f.ok]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def first_bad(self) -> Finding | None:
+        """The failure that lies first in the network; of several cases, the first."""
+        return min(self.failures, key=lambda f: network_order(f.tap), default=None)
+
+    def of_case(self, name: str) -> list[Finding]:
+        return [f for f in self.findings if f.case == name]
+
+    def to_dict(self) -> dict[str, Any]:
+        bad = self.first_bad
+        return {
+            "passed": self.passed,
+            "profile": self.profile,
+            "first_bad": asdict(bad) if bad else None,
+            "failures": [asdict(f) for f in self.failures],
+            "notes": self.notes,
+            "checks": len(self.findings),
+        }
+
+
+def network_order(tap: str) -> tuple[int, int, int]:
+    """Sorts taps along the way of the data; within a layer, the router comes before the layer's output."""
+    stem, _, number = tap.partition(".")
+    if stem in ("router", "layers"):
+        return TAPS.index("router.0"), int(number), int(stem == "layers")
+    return (TAPS.index(stem) if stem in TAPS else -1), 0, 0  # an error comes before all
+
+
+def describe_tap(tap: str) -> str:
+    """A tap in words."""
+    stem, _, number = tap.partition(".")
+    if stem == "layers":
+        return f"decoder layer {number}"
+    if stem == "router":
+        return f"router of decoder layer {number}"
+    names = {
+        "vision_out": "vision tower",
+        "projector_out": "projector",
+        "inputs_embeds": "input embeddings",
+        "tapped_logits": "graphs with taps",
+        "comparable": "comparable tokens",
+        "greedy": "greedy generation",
+        "error": "the candidate's call",
+    }
+    return names.get(stem, stem)
+
+
+def load_profile(name: str) -> Profile:
+    """A profile by its name, or by the path of a JSON file of one's own.
+
+    Raises:
+        ProfileError: there is none, or it is not in the form described above.
+    """
+    own = Path(name)
+    path = own if own.suffix == ".json" else PROFILES / f"{name}.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.json")))
+        raise ProfileError(f"--profile: there is no {name!r}; give one of {known}, or a .json file") from None
+    except ValueError as e:
+        raise ProfileError(f"{path}: is not valid JSON ({e})") from None
+    try:
+        profile = Profile(raw["name"], raw["what"], tuple(Gate(**gate) for gate in raw["gates"]))
+        for gate in profile.gates:
+            if isinstance(gate.at_most, bool) or not isinstance(gate.at_most, int | float):
+                raise TypeError(f"at_most is {gate.at_most!r}, expected a number")
+            if not any(fnmatch.fnmatch(tap, gate.taps) for tap in TAPS):
+                raise TypeError(f"no tap matches {gate.taps!r}; taps are {', '.join(TAPS)}")
+        if not profile.gates:
+            raise TypeError("it has no gates")
+    except (KeyError, TypeError) as e:
+        raise ProfileError(f"{path}: is no profile ({e}); see strict.json for the form") from None
+    return profile
+
+
+def judge(run: dict[str, Any], profile: Profile) -> Verdict:
+    """Holds a run against a profile.
+
+    Raises:
+        ProfileError: a gate asks for a metric that the run does not have.
+    """
+    verdict = Verdict(profile.name)
+    promised = bool(run["candidate"]["taps"])
+    if not run["cases"]:
+        verdict.findings.append(Finding("-", "error", "cases", 0, 1, False, "no case was run at all"))
+    for case in run["cases"]:
+        verdict.findings += _judge_case(case, profile, promised, verdict.notes)
+    unavailable = sorted({tap for case in run["cases"] for tap in case["missing"]}, key=network_order)
+    if unavailable and not promised:
+        verdict.notes.append(
+            f"not available in this candidate, so not judged: {', '.join(unavailable)} "
+            "(export with --taps to have them); logits and tokens were judged"
+        )
+    for skipped in run["suite"]["skipped"]:
+        verdict.notes.append(f"case {skipped['name']} did not run: {skipped['why']}")
+    for layer in run["suite"]["experts"]:
+        if layer["used"] < layer["of"]:
+            verdict.notes.append(
+                f"decoder layer {layer['layer']}: {layer['used']} of {layer['of']} experts were used by any case; "
+                "the others were not verified"
+            )
+    return verdict
+
+
+def _judge_case(
+    case: dict[str, Any], profile: Profile, promised: bool, notes: list[str]
+) -> Iterator[Finding]:
+    name = case["name"]
+    if case["error"]:
+        yield Finding(name, "error", "raised", case["error"], 0, False, case["error"])
+    elif promised:
+        for tap in case["missing"]:
+            yield Finding(
+                name, tap, "missing", 1, 0, False, "the candidate offers taps, but did not give this one"
+            )
+    for tap, metrics in case["taps"].items():
+        if count := metrics.get("nonfinite"):
+            at = metrics["nonfinite_at"]
+            yield Finding(
+                name, tap, "nonfinite", count, 0, False, f"NaN or infinity at {count} places, first at {at}"
+            )
+            continue
+        if ties := metrics.get("ties"):
+            notes.append(f"case {name}, {describe_tap(tap)}: {ties} choices of experts differ in a tie")
+        for gate in profile.gates:
+            if fnmatch.fnmatch(tap, gate.taps):
+                yield _judge_gate(name, tap, metrics, gate, notes)
+
+
+def _judge_gate(case: str, tap: str, metrics: dict[str, Any], gate: Gate, notes: list[str]) -> Finding:
+    if gate.metric not in metrics:
+        raise ProfileError(f"gate on {gate.taps}: the run has no metric {gate.metric!r} for {tap}")
+    value = metrics[gate.metric]
+    if value is None:  # nothing left to compare; "comparable" judges that
+        return Finding(case, tap, gate.metric, "no places", gate.at_most, True)
+    says = gate.why
+    if isinstance(value, list):
+        scale = metrics.get("scale", metrics.get("ref_max", 0.0))
+        wrong = [event for event in value if event["margin"] >= gate.tie * scale]
+        if len(wrong) < len(value):
+            notes.append(
+                f"case {case}, {describe_tap(tap)}: {len(value) - len(wrong)} tokens differ in a tie"
+            )
+        if wrong and "step" in wrong[0]:
+            first = min(wrong, key=lambda event: event["step"])
+            says = f"row {first['row']} leaves the reference at step {first['step']} (margin {first['margin']:.2g})"
+        value = len(wrong)
+    return Finding(case, tap, gate.metric, value, gate.at_most, value <= gate.at_most, says)
