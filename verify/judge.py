@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .metrics import NOT_A_TIE
+
 # In network order; "layers.0" and "router.0" stand for those of every layer.
 TAPS = (
     *("vision_out", "projector_out", "inputs_embeds", "router.0", "layers.0"),
@@ -230,6 +232,14 @@ def _judge_gate(case: str, tap: str, metrics: dict[str, Any], gate: Gate, notes:
             )
         if wrong and "step" in wrong[0]:
             first = min(wrong, key=lambda event: event["step"])
-            says = f"row {first['row']} leaves the reference at step {first['step']} (margin {first['margin']:.2g})"
+            says = f"row {first['row']} at step {first['step']}, {_how_far(first)}"
         value = len(wrong)
     return Finding(case, tap, gate.metric, value, gate.at_most, value <= gate.at_most, says)
+
+
+def _how_far(divergence: dict[str, Any]) -> str:
+    if divergence["candidate"] is None:
+        return "where the candidate stopped"
+    if divergence["margin"] >= NOT_A_TIE:
+        return "with a token that is not even the reference's second best"
+    return f"where the reference's margin is {divergence['margin']:.2g}"

@@ -24,6 +24,8 @@ class GreedyRun(Protocol):
 # between experts that are nearer than this is a toss-up, and what follows from it says nothing about either.
 ROUTING_TIE = 2e-6
 
+NOT_A_TIE = 1e9  # stands for an infinite margin: JSON knows none
+
 TOP_K = 5  # of the vocabulary, for the overlap
 LISTED = 100  # flips and changes listed one by one, largest margins first; the counts are always complete
 _BLOCK = 64  # places taken to float64 at a time: a vocabulary of 160k would otherwise need gigabytes
@@ -193,7 +195,7 @@ def greedy_metrics(reference: GreedyRun, candidate: np.ndarray) -> Metrics:
     Returns:
         `rows`, `steps` n, `prefix` (equal first tokens, by row), `min_margin`, and `divergences`: per diverging row
         the `row`, `step`, both tokens (the candidate's None where it stopped), and the `margin`: what the reference
-        saw between its best two tokens if the candidate took the second, else 1e9, for that is no tie.
+        saw between its best two tokens if the candidate took the second, else :data:`NOT_A_TIE`.
     """
     rows, steps = reference.tokens.shape
     if candidate.ndim != 2 or len(candidate) != rows:
@@ -211,7 +213,7 @@ def greedy_metrics(reference: GreedyRun, candidate: np.ndarray) -> Metrics:
                 {
                     "row": row,
                     "step": prefix,
-                    "margin": float(reference.margins[row, prefix]) if second else 1e9,
+                    "margin": float(reference.margins[row, prefix]) if second else NOT_A_TIE,
                     "reference": int(reference.tokens[row, prefix]),
                     "candidate": token,
                 }
@@ -246,5 +248,5 @@ def _ratio(a: float, b: float) -> float:
 
 
 def _finite(x: float) -> float:
-    """JSON knows no infinity; a layer that takes all experts has gaps of infinity, which no score difference reaches."""
-    return float(min(x, 1e9))
+    """A layer that takes all experts has gaps of infinity."""
+    return float(min(x, NOT_A_TIE))
