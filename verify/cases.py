@@ -213,6 +213,17 @@ def cover_experts(
         tokens = min(2 * tokens, longest)
 
 
+def left_padded(rows: list[np.ndarray], pad: int) -> dict[str, np.ndarray]:
+    """`input_ids` and `attention_mask` [B, S] int64 of prompts of unequal length."""
+    longest = max(map(len, rows))
+    input_ids = np.full((len(rows), longest), pad, np.int64)
+    mask = np.zeros_like(input_ids)
+    for i, ids in enumerate(rows):
+        input_ids[i, longest - len(ids) :] = ids
+        mask[i, longest - len(ids) :] = 1
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
 class SeededSource:
     """Random token ids and patches: needs a configuration only."""
 
@@ -234,14 +245,7 @@ class SeededSource:
     def inputs(
         self, rows: tuple[Row, ...], rng: np.random.Generator
     ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-        ids = [self._ids(row, rng) for row in rows]
-        longest = max(map(len, ids))
-        input_ids = np.full((len(rows), longest), self.config.pad_token_id, np.int64)
-        mask = np.zeros_like(input_ids)
-        for i, row_ids in enumerate(ids):
-            input_ids[i, longest - len(row_ids) :] = row_ids
-            mask[i, longest - len(row_ids) :] = 1
-        arrays = {"input_ids": input_ids, "attention_mask": mask}
+        arrays = left_padded([self._ids(row, rng) for row in rows], self.config.pad_token_id)
         grids = [grid for row in rows for grid in row.grids]
         if grids:
             p = self.config.vision.patch_size

@@ -1,0 +1,248 @@
+"""`verify-parity`: hold a converted directory or a bundle against the Torch reference, and say where it first differs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+OK, PARITY_FAILED, BAD_INPUT, ENVIRONMENT = 0, 1, 2, 3
+
+EPILOG = """\b
+Examples:
+  verify-parity --reference nano --candidate ./ckpt --report ./report
+  verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report
+  verify-parity --reference nano --candidate ./ckpt --report ./report --cases text --cases steps
+  verify-parity judge ./report/run.json --profile my-thresholds.json
+
+\b
+Exit status:
+  0  every check holds
+  1  a check failed; the message names the first bad place of the network
+  2  wrong usage or input
+  3  the environment: a missing package, disk, memory
+"""
+
+
+class MissingPackage(RuntimeError):
+    """A package of the extra `verify` is not there."""
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--reference", metavar="SRC", help="Published directory, Hub repo id, or nano.")
+@click.option("--candidate", metavar="DIR", help="Converted directory or MindIR bundle.")
+@click.option("--report", metavar="DIR", help="Where run.json, verdict.json and report.html go.")
+@click.option("--profile", default="strict", show_default=True, help="Thresholds: a name, or a .json file.")
+@click.option(
+    "--cases", multiple=True, metavar="NAME", help="Only this case (repeatable).  [default: the suite]"
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
+@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout, all else on stderr.")
+@click.option("--dry-run", is_flag=True, help="Show what would run, and stop.")
+@click.pass_context
+def cli(
+    context: click.Context,
+    reference: str | None,
+    candidate: str | None,
+    report: str | None,
+    profile: str,
+    cases: tuple[str, ...],
+    seed: int | None,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """Proves that a candidate computes what the published checkpoint does.
+
+    Runs one suite of prompts and pictures through transformers' Torch implementation and through the candidate,
+    compares every layer, the choices of experts, the logits and the generated tokens, and judges the distances by a
+    profile of thresholds.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    for option, value in (("--reference", reference), ("--candidate", candidate), ("--report", report)):
+        if value is None and not (option == "--report" and dry_run):
+            raise click.UsageError(f"Missing option '{option}'.", context)
+    assert reference is not None and candidate is not None
+    with _errors():
+        _verify(reference, candidate, report, profile, cases, seed, as_json, dry_run)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(dir_okay=False))
+@click.option("--profile", default="strict", show_default=True, help="Thresholds: a name, or a .json file.")
+@click.option("--report", metavar="DIR", help="Also write the report of this judgement here.")
+@click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
+def judge(run: str, profile: str, report: str | None, as_json: bool) -> None:
+    """Judges a saved RUN again, without running anything."""
+    with _errors():
+        from .judge import judge as verdict_on
+        from .judge import load_profile
+        from .runner import load_run
+
+        if report:
+            _require_packages("jinja2", "matplotlib")
+        thresholds = load_profile(profile)
+        saved = load_run(Path(run))
+        _conclude(saved, verdict_on(saved, thresholds), thresholds, report, as_json)
+
+
+def _verify(
+    source: str,
+    candidate: str,
+    report: str | None,
+    profile: str,
+    names: tuple[str, ...],
+    seed: int | None,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    from .candidates import inspect, require_same_model
+    from .cases import DEFAULT_SEED, select, suite
+    from .judge import load_profile
+    from .prompts import has_processor
+
+    thresholds = load_profile(profile)
+    directory = _directory("--reference", source)
+    found = inspect(_directory("--candidate", candidate))
+    config = require_same_model(directory, found)
+    plans = select(suite(config, found.limits), names)
+    real = has_processor(directory)
+    seed = DEFAULT_SEED if seed is None else seed
+    arguments = {
+        "reference": str(directory),
+        "candidate": f"{found.path} ({found.kind})",
+        "report": report or "(none: dry run)",
+        "profile": thresholds.name,
+        "cases": ", ".join(plan.name for plan in plans),
+        "inputs": "real prompts and drawn pictures" if real else "seeded token ids and patches",
+        "seed": seed,
+        "context": found.limits.context,
+        "prefill chunk": found.limits.chunk,
+    }
+    if dry_run:
+        _show_plan(arguments, plans, as_json)
+        return
+    _require_packages("torch", "transformers", "jinja2", "matplotlib")
+    for name, value in arguments.items():
+        click.echo(f"{name:>14}: {value}", err=as_json)
+    assert report is not None
+    Path(report).mkdir(
+        parents=True, exist_ok=True
+    )  # a report that cannot be written is known before the work
+    run = _run(directory, found, plans, real, seed)
+    from .judge import judge as verdict_on
+
+    _conclude(run, verdict_on(run, thresholds), thresholds, report, as_json)
+
+
+def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -> dict[str, Any]:
+    from .candidates import open_candidate
+    from .cases import SeededSource
+    from .prompts import ProcessorSource
+    from .runner import merged, provenance, run_suite
+
+    started = time.time()
+    _say("loading the Torch reference")
+    try:
+        from .oracle import build_oracle
+    except ImportError as e:
+        raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
+    oracle = build_oracle(directory)
+    _say(f"loading the candidate ({found.kind})")
+    candidate = open_candidate(found)
+    source = ProcessorSource(directory, oracle.config) if real else SeededSource(oracle.config)
+    done = iter(range(1, len(plans) + 1))
+    run = run_suite(
+        oracle, candidate, plans, source, seed, lambda text: _say(f"[{next(done)}/{len(plans)}] {text}")
+    )
+    return merged(run, provenance(directory, found, started))
+
+
+def _directory(option: str, source: str) -> Path:
+    """The directory that SRC means; errors name the option."""
+    from ..convert.errors import ConversionError
+    from ..convert.source import resolve
+
+    try:
+        return Path(resolve(source))
+    except ConversionError as e:
+        raise ConversionError(str(e).replace("--src", option)) from None
+
+
+def _conclude(run: dict[str, Any], verdict: Any, profile: Any, report: str | None, as_json: bool) -> None:
+    from .report import terminal_table, write_report
+
+    click.echo(err=as_json)
+    click.echo(terminal_table(run, verdict), err=as_json)
+    if report:
+        page = write_report(Path(report), run, verdict, profile)
+        click.echo(f"report: {page}", err=as_json)
+    if as_json:
+        click.echo(json.dumps(verdict.to_dict(), indent=1))
+    sys.exit(OK if verdict.passed else PARITY_FAILED)
+
+
+def _show_plan(arguments: dict[str, Any], plans: list[Any], as_json: bool) -> None:
+    if as_json:
+        listed = [{"name": p.name, "what": p.what, "cannot_run": p.impossible or None} for p in plans]
+        click.echo(json.dumps(arguments | {"cases": listed}, indent=1))
+        return
+    for name, value in arguments.items():
+        click.echo(f"{name:>14}: {value}")
+    click.echo("\nwould run:")
+    for plan in plans:
+        click.echo(
+            f"  {plan.name:<12}{plan.what}" + (f" (cannot: {plan.impossible})" if plan.impossible else "")
+        )
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _require_packages(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackage(f"{name} is not installed")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turns what can go wrong into one line and an exit status."""
+    from ..convert.errors import EnvironmentProblem
+
+    try:
+        yield
+    except MissingPackage as e:
+        _fail(ENVIRONMENT, f"{e}; install what verification needs with: pip install 'kimi-vl[verify]'")
+    except EnvironmentProblem as e:
+        _fail(ENVIRONMENT, str(e))
+    except ValueError as e:
+        _fail(BAD_INPUT, str(e))
+    except MemoryError:
+        _fail(ENVIRONMENT, "not enough memory for the reference and the candidate; close other programs")
+    except OSError as e:
+        _fail(ENVIRONMENT, f"{e.filename or 'file'}: {e.strerror or e}")
+
+
+def _fail(status: int, message: str) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)
+
+
+def main() -> None:
+    """Entry point of the command `verify-parity`."""
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
+    cli(prog_name="verify-parity")
