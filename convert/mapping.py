@@ -230,7 +230,7 @@ def match(config: ModelConfig, published: Mapping[str, Spec]) -> list[Entry]:
     Raises:
         ConversionError: a tensor is missing, has a shape or dtype that was not expected, or is not in the table.
     """
-    _plausible(config, len(published))
+    plausible(config, len(published))
     found, left = [], dict(published)
     for entry in entries(config):
         if entry.optional and entry.published[0].name not in published:
@@ -253,7 +253,7 @@ def match(config: ModelConfig, published: Mapping[str, Spec]) -> list[Entry]:
     return found
 
 
-def target_dtype(entry: Entry, published: Mapping[str, Spec], asked: str | None) -> np.dtype:
+def target_dtype(entry: Entry, published: Mapping[str, Spec], asked: str | None = None) -> np.dtype:
     """What an entry's tensors are stored as: the row's dtype, else the one asked for, else the sources' own.
 
     Sources of several dtypes meet in fp32, which holds all values of the others exactly.
@@ -293,7 +293,7 @@ def _side(template: str, dims: Mapping[str, int], at: Mapping[str, object]) -> S
     return Side(name.format(**at), tuple(dims[a] for a in axes), tuple(DIMS[a][0] for a in axes))
 
 
-def _plausible(config: ModelConfig, tensors: int) -> None:
+def plausible(config: ModelConfig, tensors: int) -> None:
     """Before the table is written out: a configuration that names a billion layers belongs to no checkpoint."""
     for field, value in (
         ("num_hidden_layers", config.text.num_hidden_layers),

@@ -1,0 +1,176 @@
+"""A converted directory: our names and layouts, mapped into memory as they are."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+
+from . import mapping
+from .dual_format import PAD
+from .errors import ConversionError
+from .manifest import MANIFEST, Manifest, TensorRecord, content_hash
+from .mapping import Entry, Spec
+from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
+from .weights import Source, Weights
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes done since the last call."""
+
+
+class ConvertedWeights(Weights):
+    """A converted checkpoint. Opening it checks sizes, headers and names; :meth:`verify_hashes` its content.
+
+    Attributes:
+        manifest: its ``conversion.json``.
+        fingerprint: the hash of ``conversion.json``, which has hashes of everything else.
+
+    Raises:
+        ConversionError: files, manifest and configuration contradict each other.
+    """
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.manifest = Manifest.load(source.directory)
+        self.fingerprint = content_hash((source.directory / MANIFEST).read_bytes())
+        self._shards = {name: self._open(name) for name in self.manifest.shards}
+        for name, record in self.manifest.tensors.items():
+            self._check(name, record)
+        listed = sum(not name.startswith(PAD) for shard in self._shards.values() for name in shard.tensors)
+        if listed != len(self.manifest.tensors):
+            raise ConversionError(
+                f"{self.directory}: its shards hold {listed} tensors, {MANIFEST} has {len(self.manifest.tensors)}; "
+                "convert the checkpoint again"
+            )
+        self._check_configuration()
+
+    def names(self) -> list[str]:
+        return list(self.manifest.tensors)
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], str]:
+        record = self.manifest.tensors[name]
+        return record.shape, record.dtype
+
+    def read(self, name: str) -> np.ndarray:
+        return self._shards[self.manifest.tensors[name].file].array(name)
+
+    def location(self, name: str) -> tuple[str, int, int]:
+        """File name, offset from the file's start (a multiple of 64), length in bytes. Raises KeyError."""
+        record = self.manifest.tensors[name]
+        return record.file, record.offset, record.nbytes
+
+    def hash(self, name: str) -> str:
+        """BLAKE3 of the tensor's bytes, as it was when it was written. Raises KeyError."""
+        return self.manifest.tensors[name].hash
+
+    def verify_files(self) -> None:
+        """Reads the small files (configuration, tokenizer, …). Raises ConversionError: one was changed."""
+        for name, record in self.manifest.files.items():
+            try:
+                content = (self.directory / name).read_bytes()
+            except OSError:
+                raise ConversionError(
+                    f"{self.directory / name}: is gone; convert the checkpoint again"
+                ) from None
+            if content_hash(content) != record.hash:
+                raise ConversionError(
+                    f"{self.directory / name}: was changed after the conversion; convert the checkpoint again"
+                )
+
+    def verify_hashes(self, progress: Progress | None = None) -> None:
+        """Reads everything. Raises ConversionError: a file or tensor is not what was written."""
+        self.verify_files()
+        for name in self.names():
+            self.verified(name)
+            if progress:
+                progress(self.manifest.tensors[name].nbytes)
+
+    def verified(self, name: str) -> np.ndarray:
+        """As :meth:`read`, its content checked. Raises ConversionError: it is damaged."""
+        array, record = self.read(name), self.manifest.tensors[name]
+        if content_hash(array.reshape(-1).view(np.uint8)) != record.hash:
+            raise ConversionError(
+                f"{self.directory / record.file}: {name} is damaged, its content is not what was written; "
+                "convert the checkpoint again"
+            )
+        return array
+
+    def published_head(self, file: str) -> bytes:
+        """The first bytes of a published file: length field and header."""
+        header = self.manifest.published_files[file].header.encode("utf-8")
+        return struct.pack("<Q", len(header)) + header
+
+    @cached_property
+    def published(self) -> dict[str, dict[str, TensorInfo]]:
+        """The published files, and where in them each published tensor was."""
+        return {
+            name: parse_header(self.published_head(name), record.nbytes, f"{MANIFEST}, {name}")
+            for name, record in self.manifest.published_files.items()
+        }
+
+    @cached_property
+    def published_entries(self) -> list[Entry]:
+        """The rows of the table that the published checkpoint filled. Raises ConversionError: the manifest is damaged."""
+        entries = mapping.match(
+            self._config,
+            {
+                name: Spec(info.shape, info.dtype.name)
+                for tensors in self.published.values()
+                for name, info in tensors.items()
+            },
+        )
+        kept = {name: len(record.data) // 2 for name, record in self.manifest.dropped.items()}
+        infos = {name: info for tensors in self.published.values() for name, info in tensors.items()}
+        if kept != {s.name: infos[s.name].nbytes for e in entries if not e.ours for s in e.published}:
+            raise ConversionError(
+                f"{self.directory / MANIFEST}: has not the content of all tensors that were dropped; "
+                "convert the checkpoint again"
+            )
+        return entries
+
+    def _open(self, name: str) -> SafetensorsFile:
+        shard, record = SafetensorsFile(self.directory / name), self.manifest.shards[name]
+        if shard.nbytes != record.nbytes or content_hash(shard.head) != record.header_hash:
+            raise ConversionError(
+                f"{self.directory / name}: is not the file that {MANIFEST} describes; convert the checkpoint again"
+            )
+        return shard
+
+    def _check(self, name: str, record: TensorRecord) -> None:
+        info = self._shards[record.file].tensors.get(name) if record.file in self._shards else None
+        if info is None or record != _as_recorded(info, record):
+            raise ConversionError(
+                f"{self.directory / MANIFEST}: {name} is not where it says; convert the checkpoint again"
+            )
+
+    def _check_configuration(self) -> None:
+        left = {name: record.shape for name, record in self.manifest.tensors.items()}
+        mapping.plausible(self._config, sum(len(record.sources) for record in self.manifest.tensors.values()))
+        for entry in mapping.entries(self._config):
+            for side in entry.ours:
+                if left.pop(side.name, None) != side.shape:
+                    raise ConversionError(
+                        f"{side.name}: is not of shape {side.shape}, which config.json asks for; "
+                        "was it changed after the conversion?"
+                    )
+        for name in left:
+            raise ConversionError(
+                f"{name}: does not belong to the network that config.json describes; "
+                "was it changed after the conversion?"
+            )
+
+
+def _as_recorded(info: TensorInfo, record: TensorRecord) -> TensorRecord:
+    """`record` with what the shard's header says."""
+    return TensorRecord(
+        file=record.file,
+        offset=info.offset,
+        nbytes=info.nbytes,
+        shape=info.shape,
+        dtype=info.dtype.name,
+        hash=record.hash,
+        transform=record.transform,
+        sources=record.sources,
+    )

@@ -1,0 +1,163 @@
+"""``conversion.json``: what a converted directory holds, where it came from, and what the way back needs.
+
+It has no times and no paths of a machine in it: the same checkpoint, converted by the same version with the same
+arguments, gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from .errors import ConversionError
+
+MANIFEST = "conversion.json"
+FORMAT = "kimi_vl-ckpt"
+SCHEMA = 1
+
+
+def content_hash(data: Any) -> str:
+    """BLAKE3 of bytes, in hexadecimal."""
+    return blake3.blake3(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file that is there besides the shards: copied from the source, or the index."""
+
+    nbytes: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A safetensors file; `header_hash` is of its first 8 + n bytes. Its tensors have their own hashes."""
+
+    nbytes: int
+    header_hash: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor of ours: its place (`offset` from the start of the file), its content, and what it was made of."""
+
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str
+    transform: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DroppedRecord:
+    """A published tensor that the network does not read; `data` is its content in hexadecimal, for the way back."""
+
+    reason: str
+    data: str
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A shard of the source: with its header's text, the way back restores it byte for byte."""
+
+    nbytes: int
+    header: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module. `files` are those copied from the source; `index` ours; `published_index` the source's text."""
+
+    version: str
+    source: str
+    revision: str | None
+    dtype: str
+    arguments: dict[str, Any]
+    files: dict[str, FileRecord]
+    index: FileRecord
+    shards: dict[str, ShardRecord]
+    tensors: dict[str, TensorRecord]
+    dropped: dict[str, DroppedRecord]
+    published_files: dict[str, PublishedFile]
+    published_index: str | None
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Raises ConversionError: it is unreadable, damaged, or of another version of this program."""
+        path = directory / MANIFEST
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["format"] != FORMAT or raw["schema"] != SCHEMA:
+                raise ConversionError(
+                    f"{path}: is {raw['format']!r} with schema {raw['schema']!r}, this version reads {FORMAT!r} "
+                    f"with schema {SCHEMA}; convert the checkpoint again"
+                )
+            for record in raw["dropped"].values():
+                bytes.fromhex(record["data"])
+            return cls(
+                version=_text(raw["version"]),
+                source=_text(raw["source"]),
+                revision=None if raw["revision"] is None else _text(raw["revision"]),
+                dtype=_text(raw["dtype"]),
+                arguments=dict(raw["arguments"]),
+                files=_records(FileRecord, raw["files"]),
+                index=_record(FileRecord, raw["index"]),
+                shards=_records(ShardRecord, raw["shards"]),
+                tensors=_records(TensorRecord, raw["tensors"]),
+                dropped=_records(DroppedRecord, raw["dropped"]),
+                published_files=_records(PublishedFile, raw["published_files"]),
+                published_index=None if raw["published_index"] is None else _text(raw["published_index"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            if isinstance(e, ConversionError):
+                raise
+            raise ConversionError(
+                f"{path}: is damaged ({type(e).__name__}: {e}); convert the checkpoint again"
+            ) from None
+
+
+def plain_name(name: str) -> bool:
+    """Whether a name from a checkpoint is a file in the checkpoint's own directory."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+_CHECKS: dict[str, Any] = {
+    "int": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+    "str": lambda v: isinstance(v, str),
+    "tuple[int, ...]": lambda v: isinstance(v, list) and all(map(_CHECKS["int"], v)),
+    "tuple[str, ...]": lambda v: isinstance(v, list) and all(map(_CHECKS["str"], v)),
+}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no string")
+    return value
+
+
+def _record(cls: Any, raw: Any) -> Any:
+    types = {f: cls.__dataclass_fields__[f].type for f in cls.__dataclass_fields__}
+    if not isinstance(raw, dict) or set(raw) != set(types):
+        raise TypeError(f"expected the fields {', '.join(types)}")
+    for field, kind in types.items():
+        if not _CHECKS[kind](raw[field]):
+            raise TypeError(f"{field} is {raw[field]!r}")
+    return cls(**{f: tuple(v) if isinstance(v, list) else v for f, v in raw.items()})
+
+
+def _records(cls: Any, raw: Any) -> dict[str, Any]:
+    if cls is not TensorRecord and cls is not DroppedRecord:
+        bad = [name for name in raw if not plain_name(name)]
+        if bad:
+            raise TypeError(f"{bad[0]!r} is no plain file name")
+    return {name: _record(cls, record) for name, record in raw.items()}

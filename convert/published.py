@@ -1,0 +1,138 @@
+"""A checkpoint in the published layout: ``config.json``, safetensors files, and their index if there are several."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from . import mapping
+from .errors import ConversionError
+from .manifest import plain_name
+from .mapping import Entry, Spec
+from .safetensors_file import SafetensorsFile
+from .transforms import DTYPES, Block, gather
+from .weights import Source, Weights
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What stands beside the weights: configuration, tokenizer, processor, chat template, code, licence, model card.
+OTHER_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py", ".md")
+OTHER_NAMES = ("LICENSE", "NOTICE")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class PublishedWeights(Weights):
+    """A published checkpoint, converted while it is read.
+
+    Attributes:
+        index: the text of its index file, or None.
+        files: its safetensors files by name.
+        specs: its tensors by their published names.
+        entries: the rows of the table that it fills.
+
+    Raises:
+        ConversionError: its files contradict each other, or its tensors do not fit its configuration.
+    """
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.index, self.files = open_checkpoint(source.directory)
+        self._file_of = {name: file for file in self.files.values() for name in file.tensors}
+        self.specs = {
+            name: Spec(info.shape, info.dtype.name)
+            for file in self.files.values()
+            for name, info in file.tensors.items()
+        }
+        self.entries = mapping.match(self._config, self.specs)
+
+    @cached_property
+    def _ours(self) -> dict[str, tuple[Entry, int]]:
+        return {side.name: (entry, i) for entry in self.entries for i, side in enumerate(entry.ours)}
+
+    def names(self) -> list[str]:
+        return list(self._ours)
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], str]:
+        entry, i = self._ours[name]
+        return entry.ours[i].shape, mapping.target_dtype(entry, self.specs).name
+
+    def read(self, name: str) -> np.ndarray:
+        shape, dtype = self.spec(name)
+        return gather(self.blocks(name), shape, DTYPES[dtype], name)
+
+    def blocks(self, name: str) -> list[Block]:
+        """The views of published tensors that a tensor of ours is made of."""
+        entry, i = self._ours[name]
+        return entry.blocks([self.array(side.name) for side in entry.published])[i]
+
+    def array(self, published: str) -> np.ndarray:
+        """A published tensor as it is in its file, read-only."""
+        return self._file_of[published].array(published)
+
+    def other_files(self) -> list[str]:
+        """The files beside the weights that belong to the checkpoint."""
+        return sorted(
+            path.name
+            for path in self.directory.iterdir()
+            if path.is_file()
+            and (path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES))
+            and not path.name.startswith(".")
+            and not path.name.endswith(".index.json")
+        )
+
+
+def open_checkpoint(directory: Path) -> tuple[str | None, dict[str, SafetensorsFile]]:
+    """The index's text (None without one) and all safetensors files of a published checkpoint.
+
+    Raises:
+        ConversionError: there are none, or index and files contradict each other.
+    """
+    if not (directory / INDEX).is_file():
+        if (directory / SINGLE).is_file():
+            return None, {SINGLE: SafetensorsFile(directory / SINGLE)}
+        raise ConversionError(_no_weights(directory))
+    text, weight_map = _index(directory / INDEX)
+    files = {name: SafetensorsFile(directory / name) for name in sorted(set(weight_map.values()))}
+    if SINGLE not in files and (directory / SINGLE).is_file():
+        raise ConversionError(
+            f"{directory}: holds both {SINGLE} and {INDEX}, which names other files; remove the one not meant"
+        )
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].tensors:
+            raise ConversionError(
+                f"{INDEX}: says that {tensor!r} is in {name}, but it is not; download both again"
+            )
+    for name, file in files.items():
+        for tensor in file.tensors:
+            if weight_map.get(tensor) != name:
+                says = f"has it in {weight_map[tensor]}" if tensor in weight_map else "does not name it"
+                raise ConversionError(f"{name}: holds {tensor!r}, but {INDEX} {says}; download both again")
+    return text, files
+
+
+def _index(path: Path) -> tuple[str, dict[str, str]]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+        weight_map = json.loads(text)["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map is empty, or names something that is no file")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ConversionError(f"{path}: has no readable weight_map ({e}); download it again") from None
+    for name in weight_map.values():
+        if not plain_name(name):
+            raise ConversionError(f"{path}: names the file {name!r}, expected a plain file name beside it")
+    return text, weight_map
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"{directory / pickles[0]}: is a pickle, which can run code when it is opened, so it never is; "
+            "save the checkpoint as safetensors where you trust it, and convert that"
+        )
+    return f"{directory}: holds neither {INDEX} nor {SINGLE}; expected a published or a converted checkpoint"
