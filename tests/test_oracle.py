@@ -160,9 +160,26 @@ def test_media_tokens_must_fit_the_pictures(oracles):
         oracles["tiny8-fp32"].run(case | {"input_ids": ids})
 
 
-@pytest.mark.parametrize(("field", "value"), [("moe_layer_freq", 2), ("n_shared_experts", 0)])
-def test_what_the_reference_does_not_implement_is_refused(field, value):
+def with_text(**fields):
     raw = json.loads((TINY / "config.json").read_text())
-    raw["text_config"][field] = value
-    with pytest.raises(OracleError, match=field):
-        build_network(ModelConfig.from_dict(raw))
+    raw["text_config"] |= fields
+    return raw
+
+
+def test_what_the_reference_does_not_implement_is_refused():
+    with pytest.raises(OracleError, match="moe_layer_freq is 2"):
+        build_network(ModelConfig.from_dict(with_text(moe_layer_freq=2)))
+
+
+def test_without_shared_experts_only_the_routed_ones_count(tmp_path, oracles):
+    """As if the shared experts' last projection were zero."""
+    case = inputs(load_case("tiny8-fp32", "text"))
+    damaged(tmp_path, lambda t: [t.pop(k) for k in list(t) if "shared_experts" in k])
+    (tmp_path / "config.json").write_text(json.dumps(with_text(n_shared_experts=None)))
+    got = build_oracle(tmp_path).run(case)["logits"]
+    silent = build_oracle(TINY)
+    for name, p in silent.network.state_dict().items():
+        if "shared_experts.down_proj" in name:
+            p.zero_()
+    assert rel_l2(got, silent.run(case)["logits"]) <= 1e-6
+    assert rel_l2(got, oracles["tiny8-fp32"].run(case)["logits"]) > 1e-2

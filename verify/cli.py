@@ -114,14 +114,15 @@ def _verify(
     from .prompts import has_processor
 
     thresholds = load_profile(profile)
-    directory = _directory("--reference", source)
-    found = inspect(_directory("--candidate", candidate))
+    reference = _source("--reference", source, download=not dry_run)
+    directory = reference.directory
+    found = inspect(_source("--candidate", candidate, download=False).directory)
     config = require_same_model(directory, found)
     plans = select(suite(config, found.limits), names)
     real = has_processor(directory)
     seed = DEFAULT_SEED if seed is None else seed
     arguments = {
-        "reference": str(directory),
+        "reference": f"{directory} (revision {reference.revision})" if reference.revision else str(directory),
         "candidate": f"{found.path} ({found.kind})",
         "report": report or "(none: dry run)",
         "profile": thresholds.name,
@@ -142,6 +143,7 @@ def _verify(
         parents=True, exist_ok=True
     )  # a report that cannot be written is known before the work
     run = _run(directory, found, plans, real, seed)
+    run["reference"] |= {"source": reference.name, "revision": reference.revision}
     from .judge import judge as verdict_on
 
     _conclude(run, verdict_on(run, thresholds), thresholds, report, as_json)
@@ -170,15 +172,15 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
     return merged(run, provenance(directory, found, started))
 
 
-def _directory(option: str, source: str) -> Path:
-    """The directory that SRC means; errors name the option."""
+def _source(option: str, value: str, download: bool) -> Any:
+    """What SRC means (see `convert.source.resolve`); errors name the option."""
     from ..convert.errors import ConversionError
     from ..convert.source import resolve
 
     try:
-        return Path(resolve(source))
+        return resolve(value, download=download)
     except ConversionError as e:
-        raise ConversionError(str(e).replace("--src", option)) from None
+        raise ConversionError(f"{option} {e}") from None
 
 
 def _conclude(run: dict[str, Any], verdict: Any, profile: Any, report: str | None, as_json: bool) -> None:

@@ -62,8 +62,6 @@ def build_network(
         raise OracleError(
             f"config.json: moe_layer_freq is {t.moe_layer_freq}, the Torch reference implements only 1"
         )
-    if t.moe_layers and not t.n_shared_experts:
-        raise OracleError("config.json: n_shared_experts is 0, the Torch reference needs at least 1")
     text = {
         "model_type": "deepseek_v3",
         "num_key_value_heads": t.num_attention_heads,
@@ -78,10 +76,8 @@ def build_network(
         *("bos_token_id", "eos_token_id", "pad_token_id"),
     ):
         text[name] = getattr(t, name)
-    if (
-        t.n_shared_experts is None or t.n_routed_experts is None
-    ):  # all layers dense; transformers wants numbers
-        text.update(n_shared_experts=1, n_routed_experts=1, first_k_dense_replace=t.num_hidden_layers)
+    if not t.n_routed_experts:
+        text.update(first_k_dense_replace=t.num_hidden_layers)  # transformers knows no other way to say it
     vision = {
         "pos_emb_height": v.init_pos_emb_height,
         "pos_emb_width": v.init_pos_emb_width,

@@ -103,7 +103,7 @@ def _reference_taps(
 
     text = reference.config.text
     longest = min(LONGEST_COVER, candidate.limits.context, text.max_position_embeddings)
-    case = cover_experts(case_of, used, text.n_routed_experts or 0, longest)
+    case = cover_experts(case_of, used, text.n_routed_experts, longest)
     taps = done.get(case.inputs["input_ids"].shape[1])
     return case, reference.run(case.inputs) if taps is None else taps
 

@@ -95,11 +95,11 @@ def table(config: ModelConfig) -> Iterator[Piece]:
             yield same(f"{layer}self_attn.{name}.weight")
         mlps = ["mlp"]
         if config.text.is_moe(n):
-            mlps = ["mlp.shared_experts"]
+            mlps = ["mlp.shared_experts"] if config.text.n_shared_experts else []
             yield same(f"{layer}mlp.gate.weight")
             yield same(f"{layer}mlp.gate.e_score_correction_bias")
             stack = f"model.language_model.{layer}mlp.experts."
-            for e in range(config.text.n_routed_experts or 0):
+            for e in range(config.text.n_routed_experts):
                 expert = f"language_model.model.{layer}mlp.experts.{e}."
                 yield Piece(expert + "gate_proj.weight", stack + "gate_up_proj", view=_half(e, 0))
                 yield Piece(expert + "up_proj.weight", stack + "gate_up_proj", view=_half(e, 1))
@@ -122,11 +122,16 @@ def to_published(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[
     """
     parts: dict[str, list[Tensor]] = {}
     pieces = list(table(config))
-    _require_same_names("state dict", set(state_dict), {p.oracle for p in pieces})
+    _require_same_names("state dict", _filled(state_dict), {p.oracle for p in pieces})
     for p in pieces:
         view = p.view(state_dict[p.oracle].detach())
         parts.setdefault(p.published, []).append(view.flatten(0, p.row_dims - 1) if p.row_dims > 1 else view)
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _filled(state_dict: Mapping[str, Tensor]) -> set[str]:
+    """Names of what holds numbers: without shared experts, transformers has theirs with a width of 0."""
+    return {name for name, tensor in state_dict.items() if tensor.numel()}
 
 
 def _require_same_names(what: str, has: set[str], wanted: set[str]) -> None:
@@ -149,7 +154,7 @@ def load_published(network: torch.nn.Module, directory: str | Path, config: Mode
     files = _tensor_files(directory)
     pieces = list(table(config))
     state = network.state_dict()
-    _require_same_names("Torch reference", set(state), {p.oracle for p in pieces})
+    _require_same_names("Torch reference", _filled(state), {p.oracle for p in pieces})
     found = {name for name in files if not name.endswith(".rotary_emb.inv_freq")}  # recomputed, never read
     _require_same_names(str(directory), found, {p.published for p in pieces})
     by_file: dict[Path, list[Piece]] = {}

@@ -1,0 +1,230 @@
+"""What is held against the reference: anything that runs the same inputs and gives named taps.
+
+:func:`inspect` looks at a directory and says what it is, without importing MindSpore; :func:`open_candidate` loads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..modeling.buckets import contexts, largest_image
+from ..modeling.configuration import ModelConfig
+from .cases import Limits
+
+Inputs = Mapping[str, np.ndarray]
+Taps = dict[str, np.ndarray]
+
+CHUNK = 256  # tokens of a prefill graph when the network itself is the candidate
+CONTEXT = 4096
+
+
+class CandidateError(ValueError):
+    """A directory that is no candidate, or one that does not belong to the reference; the message says why."""
+
+
+class Candidate(Protocol):
+    """Runs inputs; see :class:`verify.cases.Case` for them and :class:`verify.oracle.Oracle` for the taps."""
+
+    name: str
+    limits: Limits
+
+    def describe(self) -> dict[str, Any]:
+        """What ran, for the report: `kind`, `path`, `stage`, `runs_on`, `dtype`, and `taps`, whether it has any."""
+
+    def run(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
+        """The prompt in calls of so many columns, each continuing the cache of the one before.
+
+        Returns:
+            At least `logits`; what is not available is left out. `tapped_logits_differ`, where taps come from other
+            graphs than the logits: the largest difference between the two graphs' logits, which should be 0.
+        """
+
+    def greedy(self, inputs: Inputs, n: int) -> np.ndarray:
+        """`n` greedy tokens `[B, n]` after the prompt, no stop token honoured."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :func:`inspect` saw."""
+
+    path: Path
+    kind: str  # "bundle", "converted directory" or "published directory"
+    config: ModelConfig
+    limits: Limits
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        return "bundle" if self.kind == "bundle" else "network"
+
+
+def inspect(path: str | Path) -> Found:
+    """What kind of candidate a directory is, and what it can take.
+
+    Raises:
+        CandidateError: it is none.
+        ConfigError: its configuration is not Kimi-VL's.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CandidateError(
+            f"--candidate: {path} is not a directory; give a converted directory or a bundle"
+        )
+    config = ModelConfig.from_file(path)
+    converted = _json(path / "conversion.json")
+    kind = "published directory" if converted is None else "converted directory"
+    return Found(path, kind, config, _network_limits(path, config), converted or {})
+
+
+def open_candidate(found: Found) -> Candidate:
+    """Loads what :func:`inspect` found; the network computes in fp32 on the weights as they are stored.
+
+    Raises:
+        ValueError: the weights or graphs are damaged; the message says how.
+    """
+    from ..modeling.modeling_kimi_vl import KimiVLForConditionalGeneration
+
+    model = KimiVLForConditionalGeneration.from_pretrained(
+        found.path,
+        max_context=found.limits.context,
+        prefill_chunk=found.limits.chunk,
+        max_image_patches=found.limits.patches,
+    )
+    return ModelCandidate(model, found)
+
+
+class ModelCandidate:
+    """The network or a reloaded bundle, through the call they share."""
+
+    def __init__(self, model: Any, found: Found):
+        self.model = model
+        self.found = found
+        self.limits = found.limits
+        self.name = found.path.name or str(found.path)
+        self.has_taps = found.kind != "bundle" or bool(found.manifest.get("taps"))
+
+    def describe(self) -> dict[str, Any]:
+        import mindspore
+
+        where = str(mindspore.get_context("device_target"))
+        return {
+            "kind": self.found.kind,
+            "stage": self.found.stage,
+            "path": str(self.found.path),
+            "runs_on": f"MindSpore {mindspore.__version__} on {where}",
+            "on_device": where != "CPU",
+            "dtype": _dtype_name(self.model.dtype),
+            "context": self.limits.context,
+            "prefill_chunk": self.limits.chunk,
+            "taps": self.has_taps,
+        }
+
+    def run(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
+        logits, _ = self._calls(inputs, calls, taps=False)
+        if not self.has_taps:
+            return logits
+        again, taps = self._calls(inputs, calls, taps=True)
+        differ = np.abs(again["logits"].astype(np.float64) - logits["logits"]).max(initial=0.0)
+        return taps | logits | {"tapped_logits_differ": np.asarray(differ)}
+
+    def greedy(self, inputs: Inputs, n: int) -> np.ndarray:
+        ids = self.model.generate(
+            **inputs, max_new_tokens=n, do_sample=False, repetition_penalty=1.0, eos_token_id=None
+        )
+        return _numpy(ids)[:, inputs["input_ids"].shape[1] :]
+
+    def _calls(self, inputs: Inputs, calls: Sequence[int], taps: bool) -> tuple[Taps, Taps]:
+        """Logits (and the pictures' features), and the taps, of all calls, put together again."""
+        cache, at = None, 0
+        logits, tapped, pictures = [], [], {}
+        for n in calls:
+            arguments: dict[str, Any] = {
+                "input_ids": inputs["input_ids"][:, at : at + n],
+                "attention_mask": inputs["attention_mask"][:, : at + n],
+            }
+            if at == 0 and "pixel_values" in inputs:
+                arguments |= {k: inputs[k] for k in ("pixel_values", "image_grid_hws")}
+            if taps:
+                arguments["output_taps"] = True
+            out = self.model(**arguments, past_key_values=cache)
+            logits.append(_numpy(out.logits))
+            if taps:
+                tapped.append({k: _numpy(v) for k, v in out.taps.items()})
+            if at == 0 and out.image_hidden_states is not None:
+                pictures["projector_out"] = _numpy(out.image_hidden_states)
+            cache, at = out.past_key_values, at + n
+        whole = {"logits": np.concatenate(logits, axis=1)} | pictures
+        joined: Taps = {}
+        if tapped:
+            for name, value in tapped[0].items():
+                axis = TOKEN_AXIS.get(name)
+                joined[name] = value if axis is None else np.concatenate([t[name] for t in tapped], axis)
+        return whole, joined
+
+
+def require_same_model(reference: Path, found: Found) -> ModelConfig:
+    """The reference's configuration, which must be the candidate's too.
+
+    Raises:
+        CandidateError: the reference is no published checkpoint, or a field of the network differs.
+        ConfigError: the reference has no configuration of Kimi-VL.
+    """
+    if (reference / "conversion.json").is_file():
+        raise CandidateError(
+            f"--reference: {reference} is a converted directory; give the published checkpoint it was made from"
+        )
+    config = ModelConfig.from_file(reference)
+    for part in ("text", "vision"):
+        ours, theirs = asdict(getattr(config, part)), asdict(getattr(found.config, part))
+        for name, value in ours.items():
+            if value != theirs[name]:
+                raise CandidateError(
+                    f"--candidate: {found.path} has {part}_config.{name} {theirs[name]!r}, the reference {value!r}; "
+                    "was it made from another checkpoint?"
+                )
+    return config
+
+
+def _dtype_name(dtype: Any) -> str:
+    """`bfloat16` of `mindspore.bfloat16`, whose name is BFloat16."""
+    return str(dtype).lower().rsplit(".", 1)[-1]
+
+
+TOKEN_AXIS = {"inputs_embeds": 1, "hidden_states": 2, "router_topk_indices": 2}  # others: of the pictures
+
+
+def _numpy(value: Any) -> np.ndarray:
+    """fp32 or integers, from an array or a MindSpore tensor (numpy has no bfloat16)."""
+    if hasattr(value, "asnumpy"):
+        value = value.float().asnumpy() if "float" in str(value.dtype).lower() else value.asnumpy()
+    return np.asarray(value)
+
+
+def _network_limits(path: Path, config: ModelConfig) -> Limits:
+    """Sizes for a network built for verification: a context small enough has a chunk that a prompt can exceed."""
+    context = min(CONTEXT, config.text.max_position_embeddings)
+    limit = (_json(path / "preprocessor_config.json") or {}).get("in_token_limit") or 4096
+    return Limits(tuple(contexts(context)), max(1, min(CHUNK, context // 2)), largest_image(int(limit)))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file.
+
+    Raises:
+        CandidateError: the file is there, but is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise CandidateError(f"{path}: is not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CandidateError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
