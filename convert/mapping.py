@@ -22,6 +22,7 @@ import numpy as np
 from ..modeling.configuration import ModelConfig
 from . import transforms as t
 from .errors import ConversionError
+from .safetensors_file import short
 from .transforms import Block, Transform
 
 
@@ -246,7 +247,7 @@ def match(config: ModelConfig, published: Mapping[str, Spec]) -> list[Entry]:
         found.append(entry)
     for name in left:
         raise ConversionError(
-            f"{name!r}: no tensor of this name belongs to the network that config.json describes"
+            f"{short(name)}: no tensor of this name belongs to the network that config.json describes"
             + (f" (nor do {len(left) - 1} others)" if len(left) > 1 else "")
             + "; is --src another variant?"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from . import mapping
 from .errors import ConversionError
 from .manifest import plain_name
 from .mapping import Entry, Spec
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import SafetensorsFile, short, strict_json
 from .transforms import DTYPES, Block, gather
 from .weights import Source, Weights
 
@@ -104,27 +103,31 @@ def open_checkpoint(directory: Path) -> tuple[str | None, dict[str, SafetensorsF
     for tensor, name in weight_map.items():
         if tensor not in files[name].tensors:
             raise ConversionError(
-                f"{INDEX}: says that {tensor!r} is in {name}, but it is not; download both again"
+                f"{INDEX}: says that {short(tensor)} is in {name}, but it is not; download both again"
             )
     for name, file in files.items():
         for tensor in file.tensors:
             if weight_map.get(tensor) != name:
                 says = f"has it in {weight_map[tensor]}" if tensor in weight_map else "does not name it"
-                raise ConversionError(f"{name}: holds {tensor!r}, but {INDEX} {says}; download both again")
+                raise ConversionError(
+                    f"{name}: holds {short(tensor)}, but {INDEX} {says}; download both again"
+                )
     return text, files
 
 
 def _index(path: Path) -> tuple[str, dict[str, str]]:
     try:
         text = path.read_bytes().decode("utf-8")
-        weight_map = json.loads(text)["weight_map"]
+        weight_map = strict_json(text)["weight_map"]
         if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map is empty, or names something that is no file")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ConversionError(f"{path}: has no readable weight_map ({e}); download it again") from None
     for name in weight_map.values():
         if not plain_name(name):
-            raise ConversionError(f"{path}: names the file {name!r}, expected a plain file name beside it")
+            raise ConversionError(
+                f"{path}: names the file {short(name)}, expected a plain file name beside it"
+            )
     return text, weight_map
 
 

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import numpy as np
 
 from .errors import ConversionError
 
-MAX_HEADER_BYTES = 16 << 20  # the published 16-billion checkpoint needs 0.8 MB for all its shards together
+MAX_RANK = 8
+MAX_HEADER_BYTES = 4 << 20  # the published checkpoint needs 0.8 MB for all its shards together
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -64,20 +66,16 @@ def parse_header(head: bytes, file_bytes: int, name: str) -> dict[str, TensorInf
         ConversionError: the header is no safetensors header, or contradicts itself or the file's size.
     """
     try:
-        header = json.loads(head[8:].decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except _Duplicate as e:
-        raise ConversionError(f"{name}: its header names {e} twice; the file is damaged or forged") from None
+        header = strict_json(head[8:].decode("utf-8"))
     except (ValueError, RecursionError) as e:
-        raise ConversionError(
-            f"{name}: its header is not valid JSON ({e}); download the file again"
-        ) from None
+        raise ConversionError(f"{name}: its header is no valid JSON ({e}); download the file again") from None
     if not isinstance(header, dict):
         raise ConversionError(f"{name}: its header is not a JSON object; download the file again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ConversionError(f"{name}: its header's __metadata__ is not a map of strings")
     start = len(head)
-    tensors = {key: _entry(entry, start, f"{name}: {key!r}") for key, entry in header.items()}
+    tensors = {key: _entry(entry, start, f"{name}: {short(key)}") for key, entry in header.items()}
     _no_holes(tensors, start, file_bytes, name)
     return tensors
 
@@ -91,16 +89,15 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with open(path, "rb") as f:
-                self.nbytes = os.fstat(f.fileno()).st_size
-                self.head = _read_head(f, self.nbytes, path.name)
-                self.tensors = parse_header(self.head, self.nbytes, path.name)
-                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise ConversionError(f"{path.name}: is not in {path.parent}; download it again") from None
-        except IsADirectoryError:
-            raise ConversionError(f"{path}: is a directory, expected a safetensors file") from None
+        if not path.exists():
+            raise ConversionError(f"{path.name}: is not in {path.parent}; download it again")
+        if not path.is_file():
+            raise ConversionError(f"{path}: is no ordinary file, expected a safetensors file")
+        with open(path, "rb") as f:
+            self.nbytes = os.fstat(f.fileno()).st_size
+            self.head = _read_head(f, self.nbytes, path.name)
+            self.tensors = parse_header(self.head, self.nbytes, path.name)
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, name: str) -> np.ndarray:
         info = self.tensors[name]
@@ -127,20 +124,27 @@ def _read_head(f: Any, file_bytes: int, name: str) -> bytes:
     return field + f.read(n)
 
 
-class _Duplicate(Exception):
-    pass
+def strict_json(text: str) -> Any:
+    """JSON in which no object has a name twice. Raises ValueError, RecursionError."""
+    return json.loads(text, object_pairs_hook=_no_duplicates)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        seen: set[str] = set()
-        raise _Duplicate(next(repr(k) for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
+        name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it names {short(name)} twice")
     return keys
 
 
+def short(value: Any) -> str:
+    """A stranger's value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _entry(entry: Any, start: int, name: str) -> TensorInfo:
@@ -148,16 +152,19 @@ def _entry(entry: Any, start: int, name: str) -> TensorInfo:
         raise ConversionError(f"{name}: its header entry is not of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ConversionError(f"{name}: dtype {dtype!r} is none that this reader knows ({', '.join(DTYPES)})")
-    if not isinstance(shape, list) or not all(map(_count, shape)):
-        raise ConversionError(f"{name}: shape {shape!r} is not a list of sizes")
+        raise ConversionError(
+            f"{name}: dtype {short(dtype)} is none that this reader knows ({', '.join(DTYPES)})"
+        )
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_count, shape)):
+        raise ConversionError(f"{name}: shape {short(shape)} is not a list of at most {MAX_RANK} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_count, offsets)):
-        raise ConversionError(f"{name}: data_offsets {offsets!r} are not two positions")
+        raise ConversionError(f"{name}: data_offsets {short(offsets)} are not two positions")
     begin, end = offsets
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != wanted:
         raise ConversionError(
-            f"{name}: data_offsets {offsets} span {end - begin} bytes, shape {shape} in {dtype} takes {wanted}"
+            f"{name}: data_offsets {short(offsets)} do not span the bytes of shape {short(shape)} in {dtype}; "
+            "the file is damaged or forged"
         )
     return TensorInfo(tuple(shape), DTYPES[dtype], start + begin, end - begin)
 
@@ -167,8 +174,8 @@ def _no_holes(tensors: dict[str, TensorInfo], start: int, file_bytes: int, name:
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != at:
             what = "overlaps" if info.offset < at else "leaves a hole after"
-            raise ConversionError(f"{name}: {key!r} {what} {before}; the file is damaged or forged")
-        at, before = info.offset + info.nbytes, repr(key)
+            raise ConversionError(f"{name}: {short(key)} {what} {before}; the file is damaged or forged")
+        at, before = info.offset + info.nbytes, short(key)
     if at > file_bytes:
         raise ConversionError(
             f"{name}: is truncated, its header describes {at} bytes, the file has {file_bytes}; download it again"
