@@ -132,14 +132,14 @@ class ModelConfig:
                 f"config.json: model_type is {raw.get('model_type')!r}, expected 'kimi_vl'; "
                 "is this a Kimi-VL checkpoint?"
             )
-        text_raw: dict[str, Any] = dict(raw.get("text_config") or {})
-        vision_raw: dict[str, Any] = dict(raw.get("vision_config") or {})
-        rope = text_raw.pop("rope_parameters", None)
+        text_raw, vision_raw = _part(raw, "text_config"), _part(raw, "vision_config")
+        rope = _part(text_raw, "rope_parameters")
+        text_raw.pop("rope_parameters", None)
         if rope:  # transformers 5 writes both rope fields as one
             text_raw.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
             if rope.get("rope_type", "default") != "default":
                 text_raw.setdefault("rope_scaling", rope)
-        if vision_raw.get("merge_kernel_size") is not None:
+        if isinstance(vision_raw.get("merge_kernel_size"), list):
             vision_raw["merge_kernel_size"] = tuple(vision_raw["merge_kernel_size"])
         for name in ("n_shared_experts", "n_routed_experts"):
             if name in text_raw and text_raw[name] is None:
@@ -226,7 +226,8 @@ class ModelConfig:
                 "a multiple of 4 (a row and a column angle per pair)",
             ),
             (
-                len(v.merge_kernel_size) == 2
+                isinstance(v.merge_kernel_size, tuple)
+                and len(v.merge_kernel_size) == 2
                 and all(isinstance(k, int) and k > 0 for k in v.merge_kernel_size),
                 "vision_config.merge_kernel_size",
                 v.merge_kernel_size,
@@ -247,6 +248,14 @@ class ModelConfig:
         ):
             if not ok:
                 raise ConfigError(f"config.json: {name} is {found!r}, expected {needed}")
+
+
+def _part(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of the configuration, empty if it is not there."""
+    part = raw.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"config.json: {name} is {part!r}, expected an object of fields")
+    return dict(part)
 
 
 def _known(cls: type, raw: Mapping[str, Any]) -> Any:
