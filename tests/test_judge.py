@@ -321,6 +321,14 @@ def test_a_bundle_without_taps_is_judged_by_logits_and_tokens(oracle):
     assert broken.first_bad.tap == "logits"
 
 
+def test_other_weights_are_noted(clean):
+    changed = copy.deepcopy(clean)
+    changed["candidate"]["dtype"] = "float16"
+    assert judge(changed, STRICT).notes == [
+        "the checkpoint's weights are float32, the candidate's float16: they differ by rounding"
+    ]
+
+
 def test_cases_that_did_not_run_and_unused_experts_are_noted(clean):
     changed = copy.deepcopy(clean)
     changed["suite"]["skipped"] = [{"name": "tall", "what": "", "why": "needs 40 patches"}]

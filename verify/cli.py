@@ -143,7 +143,10 @@ def _verify(
         parents=True, exist_ok=True
     )  # a report that cannot be written is known before the work
     run = _run(directory, found, plans, real, seed)
-    run["reference"] |= {"source": reference.name, "revision": reference.revision}
+    from ..convert.source import open_source
+
+    stored = open_source(reference).dtype
+    run["reference"] |= {"source": reference.name, "revision": reference.revision, "stored": stored}
     from .judge import judge as verdict_on
 
     _conclude(run, verdict_on(run, thresholds), thresholds, report, as_json)

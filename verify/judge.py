@@ -170,6 +170,11 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
     """
     verdict = Verdict(profile.name)
     promised = bool(run["candidate"]["taps"])
+    stored, held = run["reference"]["stored"], run["candidate"]["dtype"]
+    if stored != held:
+        verdict.notes.append(
+            f"the checkpoint's weights are {stored}, the candidate's {held}: they differ by rounding"
+        )
     if not run["cases"]:
         verdict.findings.append(Finding("-", "error", "cases", 0, 1, False, "no case was run at all"))
     for case in run["cases"]:

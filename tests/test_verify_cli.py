@@ -1,0 +1,226 @@
+"""The command verify-parity."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from golden import DATA
+from kimi_vl.verify import candidates
+from kimi_vl.verify.cli import cli
+from kimi_vl.verify.oracle import build_oracle
+from parity import OracleCandidate
+
+TINY = str(DATA / "tiny8-bf16")
+HEAVY = ("torch", "transformers", "mindspore", "matplotlib", "jinja2")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)), prog_name="verify-parity")
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return build_oracle(TINY)
+
+
+@pytest.fixture
+def candidate_is(monkeypatch, oracle):
+    """Puts a candidate made from the oracle in the place of what is loaded from a directory."""
+
+    def put(**how):
+        fake = OracleCandidate(oracle, **how)
+        monkeypatch.setattr(candidates, "open_candidate", lambda found: fake)
+
+    return put
+
+
+def test_the_network_passes(tmp_path):
+    """The real thing, once: MindSpore graphs against Torch."""
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "steps")
+    assert result.exit_code == 0, result.output
+    assert "PASSED" in result.stdout and "MindSpore graphs: MindSpore" in result.stdout
+    run = json.loads((tmp_path / "run.json").read_text())
+    case = run["cases"][0]
+    assert case["taps"]["logits"]["rel_l2"] < 1e-5 and case["missing"] == []
+    assert set(case["taps"]) >= {
+        "vision_out",
+        "projector_out",
+        "layers.0",
+        "router.1",
+        "layers.1",
+        "layers.2",
+    }
+    assert run["candidate"]["runs_on"].endswith("on CPU") and run["environment"]["mindspore"]
+    assert run["reference"]["stored"] == "bfloat16"
+
+
+def test_all_is_well(candidate_is, tmp_path):
+    candidate_is()
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["report.html", "run.json", "verdict.json"]
+    assert "reference: " in result.stdout and "[1/11] text" in result.stderr
+    assert len(json.loads((tmp_path / "r" / "run.json").read_text())["candidate"]["files"]) == 6
+
+
+def test_status_1_names_the_first_bad_layer(candidate_is, tmp_path):
+    def spoil(taps, inputs, calls):
+        taps["hidden_states"][1:] *= 1.001
+
+    candidate_is(spoil=spoil)
+    arguments = ("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "text")
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert "FAILED: first bad is decoder layer 1 in case text" in result.stdout
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 1
+    verdict = json.loads(result.stdout)
+    assert verdict["first_bad"]["tap"] == "layers.1" and not verdict["passed"]
+
+
+def test_a_saved_run_can_be_judged_again(candidate_is, tmp_path):
+    def spoil(taps, inputs, calls):
+        taps["logits"] *= 1.00005
+
+    candidate_is(spoil=spoil)
+    report = tmp_path / "r"
+    first = invoke("--reference", TINY, "--candidate", TINY, "--report", report, "--cases", "text")
+    assert first.exit_code == 1
+    again = invoke("judge", report / "run.json")
+    assert again.exit_code == 1 and "FAILED: first bad is logits in case text" in again.stdout
+    lax = tmp_path / "lax.json"
+    gates = [{"taps": "logits", "metric": "rel_l2", "at_most": 1e-3}]
+    lax.write_text(json.dumps({"name": "lax", "what": "looser", "gates": gates}))
+    other = tmp_path / "other"
+    easy = invoke("judge", report / "run.json", "--profile", lax, "--report", other, "--json")
+    assert easy.exit_code == 0 and json.loads(easy.stdout)["profile"] == "lax"
+    assert (other / "report.html").exists()
+
+
+def test_the_dry_run_lists_the_cases():
+    result = invoke("--reference", TINY, "--candidate", TINY, "--dry-run")
+    assert result.exit_code == 0
+    for name in ("text", "chunks", "batch-steps", "bucket", "experts"):
+        assert f"  {name} " in result.stdout
+    listed = json.loads(invoke("--reference", TINY, "--candidate", TINY, "--dry-run", "--json").stdout)
+    assert [c["name"] for c in listed["cases"]][:2] == ["text", "image"] and listed["profile"] == "strict"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["judge", "--help"],
+        ["--reference", TINY, "--candidate", TINY, "--dry-run"],
+        ["--reference", TINY],
+        ["--reference", TINY, "--candidate", TINY, "--report", "r", "--cases", "nonsense"],
+        ["--reference", "absent", "--candidate", TINY, "--report", "r"],
+    ],
+    ids=" ".join,
+)
+def test_answers_at_once_and_loads_nothing_heavy(arguments, tmp_path):
+    code = f"""
+import sys
+from kimi_vl.verify.cli import main
+sys.argv[1:] = {arguments!r}
+try:
+    main()
+except SystemExit:
+    pass
+print([m for m in {HEAVY!r} if m in sys.modules])
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    # processor time: other programs on the machine do not count
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def config_with(directory, **text):
+    shutil.copytree(TINY, directory, copy_function=shutil.copyfile)
+    raw = json.loads((directory / "config.json").read_text())
+    raw["text_config"] |= text
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+BOTH = ("--reference", TINY, "--candidate", TINY, "--report", "r")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "Missing option '--reference'"),
+        (("--reference", TINY), "Missing option '--candidate'"),
+        (("--reference", TINY, "--candidate", TINY), "Missing option '--report'"),
+        (("--reference", "absent", *BOTH[2:]), "--reference absent: there is no such directory"),
+        ((*BOTH[:2], "--candidate", "absent", *BOTH[4:]), "--candidate absent: there is no such directory"),
+        ((*BOTH, "--profile", "strikt"), "there is no 'strikt'; give one of strict"),
+        ((*BOTH, "--cases", "txt"), "there is no case 'txt'"),
+        ((*BOTH, "--seed", "-1"), "--seed"),
+        (("judge", "absent.json"), "absent.json: cannot be read"),
+        (("judge", str(DATA / "tiny8-bf16" / "config.json")), "is no run of verify-parity"),
+    ],
+)
+def test_bad_usage_ends_with_2_and_one_line(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_of_another_model_is_refused(tmp_path):
+    other = config_with(tmp_path / "m", rms_norm_eps=1e-6)
+    result = invoke("--reference", TINY, "--candidate", other, "--report", tmp_path / "r")
+    assert result.exit_code == 2
+    assert "has text_config.rms_norm_eps 1e-06, the reference 1e-05" in result.stderr
+
+
+def test_a_converted_directory_is_no_reference(tmp_path):
+    converted = config_with(tmp_path / "m")
+    (converted / "conversion.json").write_text("{}")
+    result = invoke("--reference", converted, "--candidate", TINY, "--report", tmp_path / "r")
+    assert result.exit_code == 2 and "is a converted directory" in result.stderr
+
+
+def test_a_damaged_checkpoint_ends_with_2(tmp_path):
+    damaged = config_with(tmp_path / "m")
+    (damaged / "model-00002-of-00003.safetensors").unlink()
+    result = invoke("--reference", damaged, "--candidate", TINY, "--report", tmp_path / "r")
+    assert result.exit_code == 2
+    assert "model-00002-of-00003.safetensors: is missing" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", ["torch", "jinja2", "matplotlib"])
+def test_a_missing_package_ends_with_3_and_says_how_to_get_it(package, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n, *a: None if n == package else find(n, *a))
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path / "r")
+    assert result.exit_code == 3
+    assert f"{package} is not installed" in result.stderr and "pip install 'kimi-vl[verify]'" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_report_that_cannot_be_written_ends_with_3_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path / "file" / "r")
+    assert result.exit_code == 3 and "file" in result.stderr and "loading" not in result.stderr
+
+
+def test_too_little_memory_ends_with_3(monkeypatch, tmp_path):
+    def full(found):
+        raise MemoryError
+
+    monkeypatch.setattr(candidates, "open_candidate", full)
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "text")
+    assert result.exit_code == 3 and "not enough memory" in result.stderr

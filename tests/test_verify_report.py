@@ -1,0 +1,177 @@
+"""What a reader sees of a run: the terminal table and the page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from golden import DATA
+from kimi_vl.verify.judge import judge, load_profile
+from kimi_vl.verify.oracle import build_oracle
+from kimi_vl.verify.report import number, percent, render_html, sentence, terminal_table, write_report
+from kimi_vl.verify.runner import load_run, stages
+from parity import OracleCandidate, run
+
+STRICT = load_profile("strict")
+
+
+def spoil(taps, inputs, calls):
+    taps["hidden_states"][2] *= np.float32(1.01)
+    taps["logits"] *= np.float32(1.02)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return build_oracle(DATA / "tiny8-bf16")
+
+
+@pytest.fixture(scope="module")
+def good(oracle):
+    return run(oracle, OracleCandidate(oracle), ("text", "image", "steps"))
+
+
+@pytest.fixture(scope="module")
+def bad(oracle):
+    return run(oracle, OracleCandidate(oracle, spoil), ("text", "image", "steps"))
+
+
+def page(made):
+    return render_html(made, judge(made, STRICT), STRICT)
+
+
+class Outside(HTMLParser):
+    """Collects whatever a browser would fetch, and whether tags are closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open = [], []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.fetched += [values[k] for k in ("src", "href", "data") if values.get(k, "#")[0] != "#"]
+        self.fetched += [values["xlink:href"]] if values.get("xlink:href", "#")[0] != "#" else []
+        if tag == "script":
+            self.fetched.append("script")
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("which", ["good", "bad"])
+def test_the_page_needs_nothing_from_outside(which, request):
+    html = page(request.getfixturevalue(which))
+    parser = Outside()
+    parser.feed(html)
+    assert parser.fetched == [] and parser.open == []
+    assert "url(http" not in html and "@import" not in html
+
+
+def test_the_page_says_what_passed_and_what_ran_where(good):
+    html = page(good)
+    assert "PASSED" in html and "FAILED" not in html
+    assert "did not run: no Ascend device took part" in html
+    for case in good["cases"]:
+        assert case["name"] in html and case["what"] in html
+    assert good["reference"]["files"]["config.json"]["sha256"] in html
+    assert "mindspore</td><td>not installed" in html
+
+
+def test_the_page_names_the_first_bad_place(bad):
+    html = page(bad)
+    assert "FAILED" in html
+    assert "first bad is decoder layer 2 in case text: relative L2 distance 1.0e-02, allowed 1.0e-05" in html
+    assert html.count('class="failed"') == 3
+
+
+def test_the_figure_draws_every_case_and_the_limit(good):
+    svg = re.search(r"<svg.*?</svg>", page(good), re.S).group()
+    for label in ("tower", "projector", "embeds", "logits", "each case", "worst case", "allowed (strict)"):
+        assert f">{label}<" in svg
+    assert svg.count('id="line2d_') > len(good["cases"])
+
+
+def test_the_same_run_gives_the_same_page(good):
+    assert page(good) == page(copy.deepcopy(good))
+
+
+def test_what_comes_from_files_is_escaped(good):
+    changed = copy.deepcopy(good)
+    changed["candidate"]["path"] = "<img src=x onerror=alert(1)>"
+    html = page(changed)
+    assert "<img src=x" not in html and "&lt;img src=x" in html
+
+
+def test_a_run_without_taps_or_with_errors_can_be_shown(oracle):
+    def fail(taps, inputs, calls):
+        if len(calls) > 1:
+            raise RuntimeError("no <memory>")
+        taps["logits"][0, -1, 0] = np.nan
+
+    for candidate in (OracleCandidate(oracle, fail), OracleCandidate(oracle, fail, taps=False)):
+        made = run(oracle, candidate, ("image", "steps"))
+        verdict = judge(made, STRICT)
+        assert "NaN or infinity at 1 places, first at [0, 29, 0]" in page(made)
+        assert "no &lt;memory&gt;" in page(made)
+        assert "steps" in terminal_table(made, verdict) and "FAILED" in terminal_table(made, verdict)
+
+
+def test_the_terminal_table_has_a_line_per_case_and_ends_with_the_verdict(good, bad):
+    for made, last in ((good, "PASSED: all"), (bad, "FAILED: first bad is decoder layer 2 in case text")):
+        verdict = judge(made, STRICT)
+        lines = terminal_table(made, verdict).splitlines()
+        assert lines[-1].startswith(last) and lines[-1] == sentence(verdict)
+        for case in made["cases"]:
+            line = next(line for line in lines if line.startswith(case["name"] + " "))
+            assert line.endswith("ok" if verdict.passed else "FAILED")
+        assert "  Ascend device: did not run: no Ascend device took part" in lines
+        assert "  Reloaded CPU MindIR: did not run" in lines
+        assert max(map(len, lines[: len(made["cases"]) + 2])) <= 110
+
+
+def test_notes_are_shown(good):
+    changed = copy.deepcopy(good)
+    changed["suite"]["skipped"] = [
+        {"name": "bucket", "what": "", "why": "the cache has only one length, 256"}
+    ]
+    note = "case bucket did not run: the cache has only one length, 256"
+    assert note in page(changed) and f"note: {note}" in terminal_table(changed, judge(changed, STRICT))
+
+
+def test_a_bundle_and_a_device_have_their_own_stage(good):
+    def ran(**candidate):
+        chain = stages(good | {"candidate": good["candidate"] | candidate})
+        return [stage["stage"] for stage in chain if stage["ran"]]
+
+    assert ran() == ["Torch reference", "MindSpore graphs"]
+    assert ran(stage="bundle") == ["Torch reference", "Reloaded CPU MindIR"]
+    assert ran(on_device=True, runs_on="MindSpore on Ascend")[-1] == "Ascend device"
+
+
+def test_the_report_directory_holds_the_run_the_verdict_and_the_page(bad, tmp_path):
+    verdict = judge(bad, STRICT)
+    path = write_report(tmp_path / "a" / "b", bad, verdict, STRICT)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "run.json", "verdict.json"]
+    saved = json.loads((path.parent / "verdict.json").read_text())
+    assert saved["passed"] is False and saved["first_bad"]["tap"] == "layers.2"
+    assert judge(load_run(path.parent / "run.json"), STRICT).to_dict() == verdict.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "-"), (0, "0"), (0.0, "0"), (1.24e-7, "1.2e-07"), (1, "1.0e+00")]
+)
+def test_numbers_are_short(value, shown):
+    assert number(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "-"), (1.0, "100%"), (0.99999, "99.9%"), (0.5, "50%")])
+def test_100_percent_means_all(value, shown):
+    assert percent(value) == shown
