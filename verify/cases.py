@@ -127,7 +127,7 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
             tail=(1,) * 16,
             impossible="" if len(limits.contexts) > 1 else f"the cache has only one length, {border}",
         ),
-        Plan("experts", "random tokens, as many as it takes to use every expert", (Row(tokens=64),)),
+        Plan("experts", "as many tokens as it takes to use every expert", (Row(tokens=64),)),
         Plan(
             "long-greedy",
             "512 greedy tokens over every cache border on the way",

@@ -35,7 +35,7 @@ class ProcessorSource:
     kind = "prompts in the chat format and drawn pictures, through the directory's processor"
 
     def __init__(self, directory: Path, config: ModelConfig):
-        from .. import KimiVLProcessor
+        from ..modeling.processing import KimiVLProcessor
 
         self.processor: Any = KimiVLProcessor.from_pretrained(directory)
         self.config = config

@@ -1,0 +1,80 @@
+"""Real prompts and drawn pictures, through a directory's own processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kimi_vl.modeling.configuration import ModelConfig
+from kimi_vl.modeling.processing import KimiVLProcessor
+from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, suite
+from kimi_vl.verify.prompts import ProcessorSource, draw, has_processor
+from published import DATA, published_directory
+
+LIMITS = Limits(contexts=(256, 512, 1024), chunk=128, patches=256)
+NAMES = [plan.name for plan in suite(ModelConfig.from_file(DATA / "tiny8-bf16"), LIMITS)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return published_directory(tmp_path_factory.mktemp("published") / "model")
+
+
+@pytest.fixture(scope="module")
+def source(directory):
+    return ProcessorSource(directory, ModelConfig.from_file(directory))
+
+
+@pytest.fixture(scope="module")
+def plans(source):
+    return {plan.name: plan for plan in suite(source.config, LIMITS)}
+
+
+def test_a_directory_of_weights_alone_has_no_processor(directory, tmp_path):
+    assert has_processor(directory) and not has_processor(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_case_fits_itself(source, plans, name):
+    """Media tokens fit the pictures, which have the grids asked for; every picture is in the first call."""
+    case = build(plans[name], source)
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    media = ids == source.config.media_placeholder_token_id
+    grids = case.inputs.get("image_grid_hws", np.zeros((0, 2), int))
+    assert [tuple(g) for g in grids.tolist()] == plans[name].grids
+    assert (
+        media.sum() == grids.prod(1).sum() // 4
+        and len(case.inputs.get("pixel_values", [])) == grids.prod(1).sum()
+    )
+    assert not media[:, case.calls[0] :].any()
+    for row, tokens in zip(plans[name].rows, mask.sum(1)):
+        assert row.tokens in (None, tokens)
+    assert len(case.prompts) == len(ids) and all("<|im_user|>" in prompt for prompt in case.prompts)
+
+
+def test_a_natural_prompt_is_what_the_processor_makes_of_it(directory, source, plans):
+    case = build(plans["text"], source)
+    ids = KimiVLProcessor.from_pretrained(directory)(text=case.prompts[0], return_tensors="np")["input_ids"]
+    assert np.array_equal(case.inputs["input_ids"], ids)
+    assert case.prompts[0].endswith("<|im_assistant|>assistant<|im_middle|>")
+
+
+def test_a_picture_lies_across_the_border_of_the_chunk(source, plans):
+    ids = build(plans["chunks"], source).inputs["input_ids"][0]
+    at = np.flatnonzero(ids == source.config.media_placeholder_token_id)
+    assert at[0] < LIMITS.chunk <= at[-1]
+
+
+def test_prompts_are_always_the_same_for_a_seed(source, plans):
+    a, b, other = (build(plans["batch"], source, seed) for seed in (1, 1, 2))
+    assert a.prompts == b.prompts and all(np.array_equal(a.inputs[k], b.inputs[k]) for k in a.inputs)
+    assert not np.array_equal(a.inputs["pixel_values"], other.inputs["pixel_values"])
+
+
+def test_a_prompt_that_cannot_hold_its_pictures_is_refused(source):
+    with pytest.raises(CaseError, match="20 tokens do not hold the pictures"):
+        build(Plan("x", "", (Row(((8, 8),), tokens=20),)), source)
+
+
+def test_pictures_have_the_size_of_their_grid():
+    picture = draw((4, 6), 14, np.random.default_rng(0))
+    assert picture.size == (84, 56) and len(picture.getcolors(10000)) > 1
