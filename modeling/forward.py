@@ -209,7 +209,12 @@ class KimiVLForward:
         pixels, hws = to_numpy(pixel_values), to_numpy(grids)
         vision, media = self.model_config.vision, self.model_config.media_placeholder_token_id
         kh, kw = vision.merge_kernel_size
+        found = 0 if embeds else int((mask & (ids == media)).sum())
         if pixels is None or len(pixels) == 0:
+            if found:
+                raise InputError(
+                    f"pixel_values: missing, but input_ids has {found} image placeholders (id {media})"
+                )
             return None, None
         if embeds:
             raise InputError(
@@ -229,7 +234,7 @@ class KimiVLForward:
                 f"pixel_values: shape {pixels.shape}, but image_grid_hws {hws.tolist()} takes "
                 f"({hws.prod(1).sum()}, 3, {vision.patch_size}, {vision.patch_size})"
             )
-        wanted, found = int(hws.prod(1).sum()) // (kh * kw), int((mask & (ids == media)).sum())
+        wanted = int(hws.prod(1).sum()) // (kh * kw)
         if wanted != found:
             raise InputError(
                 f"input_ids: {found} image placeholders (id {media}), but the {len(hws)} images give {wanted} features; "

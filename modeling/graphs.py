@@ -2,7 +2,7 @@
 
 A graph is a small cell around the shared network: the text graphs own their cache parameters, the weights belong to
 the network. The same cells are run natively and traced for export, so there is one definition of what a graph takes
-and gives. Inputs are flat tensors; `vision_inputs` and `text_inputs` name them.
+and gives. Inputs are flat tensors; ``shapes`` names them.
 """
 
 from __future__ import annotations
@@ -16,41 +16,6 @@ from .configuration import ModelConfig
 from .language import LanguageModel
 from .parameters import empty_parameter
 from .vision import MoonViT, Projector
-
-
-def vision_inputs(config: ModelConfig, patches: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) of a vision graph's inputs, in order; "float" is the graph's own dtype."""
-    half = config.vision.head_dim // 2
-    return {
-        "patches": ((patches, config.vision.patch_dim), "float"),
-        "taps": ((patches, 16), "int32"),
-        "tap_weights": ((patches, 16), "float"),
-        "cos": ((patches, half), "float"),
-        "sin": ((patches, half), "float"),
-        "valid": ((1,), "int32"),
-    }
-
-
-def text_inputs(
-    config: ModelConfig, batch: int, tokens: int, all_logits: bool
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) of a text graph's inputs, in order.
-
-    `embeds` are rows that replace token embeddings where `embeds_mask` is 1: image features, or a caller's own
-    `inputs_embeds`. `last` is each row's last valid token, for graphs that give only its logits.
-    """
-    half = config.text.qk_rope_head_dim // 2
-    inputs: dict[str, tuple[tuple[int, ...], str]] = {
-        "input_ids": ((batch, tokens), "int32"),
-        "embeds": ((batch, tokens, config.text.hidden_size), "float"),
-        "embeds_mask": ((batch, tokens), "int32"),
-        "cos": ((batch, tokens, half), "float"),
-        "sin": ((batch, tokens, half), "float"),
-        "start": ((batch,), "int32"),
-    }
-    if not all_logits:
-        inputs["last"] = ((batch,), "int32")
-    return inputs
 
 
 class VisionGraph(nn.Cell):

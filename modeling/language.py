@@ -19,10 +19,15 @@ KV_A_LAYERNORM_EPS = 1e-6
 
 
 def rotate_half(x, cos, sin):
-    """Rotary embedding of half-split pairs: x [..., 2F], cos and sin [..., F]."""
+    """Rotary embedding of half-split pairs: x [..., 2F], cos and sin [..., F] of the same leading shape."""
     f = x.shape[-1] // 2
     a, b = x[..., :f], x[..., f:]
     return ops.concat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def per_head(table, heads: int):
+    """[R, F] -> [R, heads, F], the same for every head."""
+    return ops.broadcast_to(table.expand_dims(1), (table.shape[0], heads, table.shape[1]))
 
 
 class Linear(nn.Cell):
@@ -69,7 +74,7 @@ class Attention(nn.Cell):
     def construct(self, x, cos, sin, caches, window):
         rows = x.shape[0]
         q = ops.reshape(self.q_proj(x), (rows, self.heads, -1))  # (R, heads, nope + rope)
-        q_rope = rotate_half(q[..., self.nope :], cos.expand_dims(1), sin.expand_dims(1))
+        q_rope = rotate_half(q[..., self.nope :], per_head(cos, self.heads), per_head(sin, self.heads))
         q = ops.reshape(ops.concat((q[..., : self.nope], q_rope), -1), (rows, -1))
         kv = self.kv_a_proj_with_mqa(x)  # (R, lora + rope)
         latent = self.kv_a_layernorm(kv[:, : self.lora])

@@ -14,7 +14,7 @@ from mindspore import nn, ops
 from mindspore.ops import operations as P
 
 from .configuration import ModelConfig, VisionConfig
-from .language import Linear, rotate_half
+from .language import Linear, per_head, rotate_half
 from .parameters import empty_parameter
 
 LAYER_NORM_EPS = 1e-5
@@ -42,10 +42,14 @@ class PositionTable(nn.Cell):
         self.lookup = kernels.Embedding()
 
     def construct(self, taps, weights):
-        y = self.lookup(self.weight, taps[:, 0]) * weights[:, 0:1]
-        for i in range(1, taps.shape[1]):  # tap by tap: all at once would hold 16 x N x D numbers
-            y = y + self.lookup(self.weight, taps[:, i]) * weights[:, i : i + 1]
+        y = self._tap(taps, weights, 0)
+        for i in range(1, taps.shape[1]):  # tap after tap: all at once would hold 16 x N x D numbers
+            y = y + self._tap(ops.depend(taps, y), weights, i)
         return y
+
+    def _tap(self, taps, weights, i):
+        rows = self.lookup(self.weight, taps[:, i])
+        return rows * ops.broadcast_to(weights[:, i : i + 1], rows.shape)
 
 
 class PatchEmbed(nn.Cell):
@@ -107,13 +111,14 @@ class Encoder(nn.Cell):
 class MoonViT(nn.Cell):
     def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
+        self.heads = config.num_attention_heads
         self.patch_embed = PatchEmbed(kernels, dtype, config)
         self.encoder = Encoder(kernels, dtype, config)
 
     def construct(self, patches, taps, weights, cos, sin, valid):
         """patches [N, 3 * 14 * 14] in merge order -> [N, D]."""
         x = self.patch_embed(patches, taps, weights)
-        return self.encoder(x, cos.expand_dims(1), sin.expand_dims(1), valid)
+        return self.encoder(x, per_head(cos, self.heads), per_head(sin, self.heads), valid)
 
 
 class Projector(nn.Cell):

@@ -43,7 +43,9 @@ def check_case(model, case: dict[str, np.ndarray], taps: bool = True, bar: float
         for key in IMAGE_KEYS:
             if len(case["pixel_values"]):
                 assert rel_l2(out.taps[key], case[key]) <= bar, key
-    tokens = model.generate(**inputs(case), max_new_tokens=32, eos_token_id=None, past_key_values=None).asnumpy()
+    tokens = model.generate(
+        **inputs(case), max_new_tokens=32, eos_token_id=None, past_key_values=None
+    ).asnumpy()
     prompt = case["input_ids"].shape[1]
     assert np.array_equal(tokens[:, :prompt], case["input_ids"])
     assert np.array_equal(tokens[:, prompt:], case["greedy_tokens"])

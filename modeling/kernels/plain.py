@@ -3,6 +3,9 @@
 On a CPU parameters are fp32: its MatMul and Gather have no bf16 kernel, and fp16 is several times slower for the
 single rows of decoding. The operators below were checked against float64 on the CPU (2.10.0): softmax 2.5e-7,
 SiLU 4e-8, GELU 1e-8, LayerNorm 5e-8 relative L2; `ops.tanh` (2e-5) and `ops.exp` (1e-5) are not accurate enough.
+
+Large operands are brought to one shape by `broadcast_to` first: the CPU's elementwise kernels keep 16 bytes of indices
+per element of a broadcast result, per operator and for good, 1 GB for four biases of a [4096, 4096] activation.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from mindspore.ops import operations as P
 from ..configuration import TextConfig, VisionConfig
 
 # Numbers of a block of attention scores, heads x queries x keys: 64 MB in fp32. It bounds the memory of prefill and
-# vision attention, whose whole score matrix would be gigabytes.
+# vision attention, whose whole score matrix would be gigabytes. Blocks of fewer rows than the second number would make
+# the graph of a large picture too long to compile.
 SCORE_BLOCK = 1 << 24
+SMALLEST_BLOCK = 256
 # Score of a masked place. exp(MASKED - max) is exactly 0, so what stands in masked rows changes no bit of the
 # result; it is finite, so a row never turns into NaN.
 MASKED = -1e30
@@ -32,20 +37,47 @@ def cache_shapes(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
 
 
 def query_block(heads: int, queries: int, keys: int) -> int:
-    """Query rows whose scores are computed at once: at most SCORE_BLOCK numbers, at least 64 rows."""
-    block = max(64, SCORE_BLOCK // (heads * keys))
-    return min(queries, block)
+    """Query rows whose scores are computed at once."""
+    return min(queries, max(SMALLEST_BLOCK, SCORE_BLOCK // (heads * keys)))
+
+
+def attend(batch_matmul_t, softmax, batch_matmul, q, keys, values, mask):
+    """softmax(q keys^T + mask) values in query blocks; q is scaled already.
+
+    q [heads, T, D], keys [heads, S, D], values [heads, S, V], mask [T or 1, S] additive -> [heads, T, V]. Each block
+    waits for the one before, so that their scores share memory.
+    """
+    heads, tokens, context = q.shape[0], q.shape[1], keys.shape[1]
+    block = query_block(heads, tokens, context)
+    out = ()
+    for i in range(0, tokens, block):
+        rows = q[:, i : i + block]
+        if i > 0:
+            rows = ops.depend(rows, out[-1])
+        scores = ops.cast(batch_matmul_t(rows, keys), ms.float32)
+        if mask.shape[0] > 1:
+            seen = mask[i : i + block]
+        else:
+            seen = mask
+        p = softmax(scores + ops.broadcast_to(seen, scores.shape))
+        out += (batch_matmul(ops.cast(p, values.dtype), values),)
+    if len(out) > 1:
+        y = ops.concat(out, 1)
+    else:
+        y = out[0]
+    return y
 
 
 class Linear(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.matmul = P.MatMul(transpose_b=True)
+        self.bias_add = P.BiasAdd()
 
     def construct(self, x, weight, bias=None):
         y = self.matmul(x, weight)
         if bias is not None:
-            y = y + bias
+            y = self.bias_add(y, bias)
         return y
 
 
@@ -66,8 +98,9 @@ class RMSNorm(nn.Cell):
 
     def construct(self, x, weight):
         y = ops.cast(x, ms.float32)
-        y = y * ops.rsqrt(self.mean(y * y, -1) + self.eps)
-        return ops.cast(y * ops.cast(weight, ms.float32), x.dtype)
+        y = y * ops.broadcast_to(ops.rsqrt(self.mean(y * y, -1) + self.eps), y.shape)
+        y = y * ops.broadcast_to(ops.cast(weight, ms.float32), y.shape)
+        return ops.cast(y, x.dtype)
 
 
 class SwiGLU(nn.Cell):
@@ -137,7 +170,8 @@ class Experts(nn.Cell):
             share = self.sum(ops.cast(chosen, x.dtype) * weights.expand_dims(-1), 1)  # (R, E)
             h = ops.broadcast_to(x, (self.experts, rows, x.shape[1]))
             h = self.swiglu(self.batch_matmul(h, gate_up))  # (E, R, I)
-            h = ops.transpose(h, (1, 0, 2)) * share.expand_dims(-1)  # (R, E, I)
+            h = ops.transpose(h, (1, 0, 2))  # (R, E, I)
+            h = h * ops.broadcast_to(share.expand_dims(-1), h.shape)
             result = self.matmul(ops.reshape(h, (rows, -1)), ops.reshape(down, (-1, down.shape[2])))
         return result
 
@@ -156,7 +190,11 @@ class Window(nn.Cell):
         for b in range(self.batch):
             p = self.offsets + start[b]  # (T,)
             positions += (p,)
-            masks += (ops.greater(self.slots.expand_dims(0), p.expand_dims(1)),)  # (T, S), True = not seen
+            shape = (self.offsets.shape[0], self.slots.shape[0])
+            hidden = ops.greater(
+                ops.broadcast_to(self.slots, shape), ops.broadcast_to(p.expand_dims(1), shape)
+            )
+            masks += (ops.cast(hidden, ms.float32) * MASKED,)  # (T, S), added to the scores
         return positions, masks
 
 
@@ -189,23 +227,21 @@ class LatentAttention(nn.Cell):
         for b in range(batch):
             at = b * tokens
             cache = self.write(caches[b], positions[b], rows[at : at + tokens])  # (S, lora + rope)
-            q_b = ops.transpose(ops.reshape(q[at : at + tokens], (tokens, self.heads, -1)), (1, 0, 2))
+            q_b = ops.reshape(q[at : at + tokens], (tokens, self.heads, -1)) * self.scale
+            q_b = ops.transpose(q_b, (1, 0, 2))
             if tokens == 1:
                 out += (self._decode(q_b, cache, masks[b], k_b, v_b),)
             else:
                 out += (self._prefill(q_b, cache, masks[b], k_b, v_b),)
         return ops.concat(out, 0)
 
-    def _probabilities(self, scores, mask):
-        scores = ops.masked_fill(ops.cast(scores, ms.float32) * self.scale, mask, MASKED)
-        return self.softmax(scores)
-
     def _decode(self, q, cache, mask, k_b, v_b):
         q_latent = self.batch_matmul(q[..., : self.nope], k_b)  # (heads, 1, nope) x (heads, nope, lora)
         query = ops.reshape(ops.concat((q_latent, q[..., self.nope :]), -1), (self.heads, -1))
         # cache x query^T, then a transposition of the small result: the fastest order on a CPU
         scores = ops.transpose(self.matmul_t(cache, query), (1, 0))  # (heads, S)
-        p = ops.cast(self._probabilities(scores, mask), cache.dtype)
+        p = self.softmax(ops.cast(scores, ms.float32) + ops.broadcast_to(mask, scores.shape))
+        p = ops.cast(p, cache.dtype)
         latent = self.matmul(p, cache)[:, : self.lora]
         values = self.batch_matmul_t(ops.reshape(latent, (self.heads, 1, self.lora)), v_b)  # (heads, 1, v)
         return ops.reshape(values, (1, -1))
@@ -219,13 +255,7 @@ class LatentAttention(nn.Cell):
         keys = ops.concat((keys, k_rope), -1)  # (heads, S, nope + rope)
         values = self.matmul_t(latent, ops.reshape(v_b, (-1, self.lora)))
         values = ops.transpose(ops.reshape(values, (context, self.heads, -1)), (1, 0, 2))  # (heads, S, v)
-        block = query_block(self.heads, tokens, context)
-        out = ()
-        for i in range(0, tokens, block):
-            scores = self.batch_matmul_t(q[:, i : i + block], keys)  # (heads, block, S)
-            p = ops.cast(self._probabilities(scores, mask[i : i + block]), values.dtype)
-            out += (self.batch_matmul(p, values),)
-        y = ops.concat(out, 1) if len(out) > 1 else out[0]
+        y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, keys, values, mask)
         return ops.reshape(ops.transpose(y, (1, 0, 2)), (tokens, -1))  # (T, heads * v)
 
 
@@ -242,14 +272,12 @@ class VisionAttention(nn.Cell):
 
     def construct(self, q, k, v, valid):
         n = q.shape[0]
-        q, k, v = ops.transpose(q, (1, 0, 2)), ops.transpose(k, (1, 0, 2)), ops.transpose(v, (1, 0, 2))
-        mask = ops.greater_equal(ops.arange(n).astype(ms.int32), valid)  # (N,)
-        block = query_block(self.heads, n, n)
-        out = ()
-        for i in range(0, n, block):
-            scores = self.batch_matmul_t(q[:, i : i + block], k)  # (heads, block, N)
-            scores = ops.masked_fill(ops.cast(scores, ms.float32) * self.scale, mask, MASKED)
-            p = ops.cast(self.softmax(scores), v.dtype)
-            out += (self.batch_matmul(p, v),)
-        y = ops.concat(out, 1) if len(out) > 1 else out[0]
+        q, k, v = (
+            ops.transpose(q * self.scale, (1, 0, 2)),
+            ops.transpose(k, (1, 0, 2)),
+            ops.transpose(v, (1, 0, 2)),
+        )
+        padding = ops.greater_equal(ops.arange(n).astype(ms.int32), valid)
+        mask = ops.reshape(ops.cast(padding, ms.float32) * MASKED, (1, n))
+        y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v, mask)
         return ops.reshape(ops.transpose(y, (1, 0, 2)), (n, -1))
