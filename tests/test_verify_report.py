@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from golden import DATA
+from parity import OracleCandidate, run
+
 from kimi_vl.verify.judge import judge, load_profile
 from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.report import number, percent, render_html, sentence, terminal_table, write_report
 from kimi_vl.verify.runner import load_run, stages
-from parity import OracleCandidate, run
 
 STRICT = load_profile("strict")
 
@@ -162,6 +163,8 @@ def test_the_report_directory_holds_the_run_the_verdict_and_the_page(bad, tmp_pa
     assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "run.json", "verdict.json"]
     saved = json.loads((path.parent / "verdict.json").read_text())
     assert saved["passed"] is False and saved["first_bad"]["tap"] == "layers.2"
+    assert saved["worst"]["logits"]["value"] == pytest.approx(0.02, rel=1e-3)
+    assert [case["ok"] for case in saved["cases"]] == [False] * 3
     assert judge(load_run(path.parent / "run.json"), STRICT).to_dict() == verdict.to_dict()
 
 

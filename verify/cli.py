@@ -187,7 +187,7 @@ def _source(option: str, value: str, download: bool) -> Any:
 
 
 def _conclude(run: dict[str, Any], verdict: Any, profile: Any, report: str | None, as_json: bool) -> None:
-    from .report import terminal_table, write_report
+    from .report import terminal_table, verdict_json, write_report
 
     click.echo(err=as_json)
     click.echo(terminal_table(run, verdict), err=as_json)
@@ -195,7 +195,7 @@ def _conclude(run: dict[str, Any], verdict: Any, profile: Any, report: str | Non
         page = write_report(Path(report), run, verdict, profile)
         click.echo(f"report: {page}", err=as_json)
     if as_json:
-        click.echo(json.dumps(verdict.to_dict(), indent=1))
+        click.echo(verdict_json(run, verdict))
     sys.exit(OK if verdict.passed else PARITY_FAILED)
 
 

@@ -162,6 +162,14 @@ def terminal_table(run: dict[str, Any], verdict: Verdict) -> str:
     return "\n".join([*lines, "", sentence(verdict)])
 
 
+def verdict_json(run: dict[str, Any], verdict: Verdict) -> str:
+    """The verdict with its failures and notes, what ran where, the worst figures, and a row per case."""
+    shown = summary(run, verdict)
+    cases = [{k: v for k, v in case.items() if k != "failures"} for case in shown["cases"]]
+    whole = shown["verdict"] | {"stages": shown["stages"], "worst": shown["worst"], "cases": cases}
+    return json.dumps(whole, indent=1, allow_nan=False)
+
+
 def sentence(verdict: Verdict) -> str:
     """The verdict in one line; a failure names the first bad place of the network."""
     bad = verdict.first_bad
@@ -207,9 +215,7 @@ def write_report(directory: Path, run: dict[str, Any], verdict: Verdict, profile
     """`run.json`, `verdict.json` and `report.html` in `directory`; returns the path of the page."""
     directory.mkdir(parents=True, exist_ok=True)
     save_run(run, directory / "run.json")
-    (directory / "verdict.json").write_text(
-        json.dumps(verdict.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    (directory / "verdict.json").write_text(verdict_json(run, verdict) + "\n", encoding="utf-8")
     page = directory / "report.html"
     page.write_text(render_html(run, verdict, profile), encoding="utf-8")
     return page
