@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from .cache import RowCache
 from .configuration import ConfigError, ModelConfig
 from .engine import Arrays, Engine
 from .generation import KimiVLGeneration
-from .graphs import LastLogitsGraph, TextGraph, VisionGraph, text_inputs, vision_inputs
+from .graphs import LastLogitsGraph, TextGraph, VisionGraph
 from .kernels import get_kernels
 from .language import LanguageModel
 from .settings import generation_settings, in_token_limit
+from .shapes import text_inputs, vision_inputs
 from .vision import MoonViT, Projector
 
 logger = logging.getLogger(__name__)
@@ -112,10 +113,11 @@ def bind_caches(parameters: Sequence[ms.Parameter], rows: Sequence[RowCache], co
         parameter.set_data(ms.Tensor.from_numpy(buffer[:context]))
 
 
-def run_cell(cell: nn.Cell, spec: dict[str, tuple], inputs: Arrays) -> list[np.ndarray]:
-    """Run a compiled cell in graph mode, whatever the caller's mode is."""
-    tensors = [ms.Tensor.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec]
-    out = cell.compile_and_run(*tensors)
+def run_cell(cell: nn.Cell, names: Iterable[str], inputs: Arrays) -> list[np.ndarray]:
+    """Run a compiled or a reloaded cell in graph mode, whatever the caller's mode is."""
+    tensors = [ms.Tensor.from_numpy(np.ascontiguousarray(inputs[name])) for name in names]
+    run = cell if isinstance(cell, nn.GraphCell) else cell.compile_and_run
+    out = run(*tensors)
     return [t.asnumpy() for t in (out if isinstance(out, tuple) else (out,))]
 
 
