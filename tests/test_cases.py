@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from golden import DATA
+
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.verify.cases import (
     Case,
@@ -95,7 +96,8 @@ def test_cases_are_chosen_by_name():
     assert [p.name for p in select(plans, ["steps", "text"])] == ["text", "steps"]
     assert "long-greedy" not in [p.name for p in select(plans)]
     assert [p.name for p in select(plans, ["long-greedy"])] == ["long-greedy"]
-    with pytest.raises(CaseError, match="no case 'txt'; the cases are text, image"):
+    assert [p.name for p in select(plans, ["quick", "bucket"])] == ["text", "image", "steps", "bucket"]
+    with pytest.raises(CaseError, match="no case 'txt'; choose from text, image"):
         select(plans, ["txt"])
 
 

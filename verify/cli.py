@@ -46,7 +46,10 @@ class MissingPackage(RuntimeError):
 @click.option("--report", metavar="DIR", help="Where run.json, verdict.json and report.html go.")
 @click.option("--profile", default="strict", show_default=True, help="Thresholds: a name, or a .json file.")
 @click.option(
-    "--cases", multiple=True, metavar="NAME", help="Only this case (repeatable).  [default: the suite]"
+    "--cases",
+    multiple=True,
+    metavar="NAME",
+    help="Only this case (repeatable), or quick: three of them.  [default: the suite]",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout, all else on stderr.")
