@@ -298,10 +298,10 @@ def plausible(config: ModelConfig, tensors: int) -> None:
     """Before the table is written out: a configuration that names a billion layers belongs to no checkpoint."""
     for field, value in (
         ("num_hidden_layers", config.text.num_hidden_layers),
-        ("n_routed_experts", config.text.n_routed_experts if config.text.moe_layers else 0),
         ("vision_config.num_hidden_layers", config.vision.num_hidden_layers),
+        ("n_routed_experts", config.text.n_routed_experts),
     ):
-        if value > tensors:
+        if value > tensors and (field != "n_routed_experts" or config.text.moe_layers):
             raise ConversionError(
                 f"config.json: {field} is {value}, but the checkpoint has only {tensors} tensors; "
                 "is it complete, and is the configuration its own?"

@@ -174,11 +174,12 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _convert(source: np.ndarray, target: np.ndarray, name: str) -> None:
     if source.dtype == target.dtype:
-        _bits(target)[...] = _bits(source)  # a copy of bits: NaN payloads and signs stay as they are
-        return
-    with np.errstate(over="ignore"):
-        target[...] = source
-    if target.dtype != FLOAT32 and not np.isfinite(target).all():
+        _bits(target)[...] = _bits(source)  # NaN payloads stay as they are
+    elif (source.dtype, target.dtype) == (BFLOAT16, FLOAT32):
+        np.left_shift(_bits(source), np.uint32(16), out=_bits(target), dtype=np.uint32)  # here too
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            target[...] = source
         lost = int((np.isfinite(source) & ~np.isfinite(target)).sum())
         if lost:
             raise ConversionError(
@@ -190,11 +191,15 @@ def _restore(source: np.ndarray, target: np.ndarray, name: str) -> None:
     if source.dtype == target.dtype:
         _bits(target)[...] = _bits(source)
         return
-    with np.errstate(over="ignore"):
-        narrow = source.astype(target.dtype)
-    if not np.array_equal(narrow.astype(source.dtype), source, equal_nan=True):
+    if (source.dtype, target.dtype) == (FLOAT32, BFLOAT16):
+        np.right_shift(_bits(source), np.uint32(16), out=_bits(target), casting="unsafe")
+        exact = not (_bits(source) & np.uint32(0xFFFF)).any()
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            target[...] = source
+            exact = np.array_equal(target.astype(source.dtype), source, equal_nan=True)
+    if not exact:
         raise ConversionError(
             f"{name}: holds {source.dtype.name} values that are not exact in the published "
             f"{target.dtype.name}; was it changed after the conversion?"
         )
-    target[...] = narrow
