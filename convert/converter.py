@@ -214,10 +214,10 @@ def _remove_leftovers(target: Path) -> None:
 def _writing(todo: Plan, target: Path) -> Iterator[None]:
     """Marks `target` as unfinished, and empties it again if the work fails."""
     made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
     names = [*(file.name for file in todo.files), *todo.copied, INDEX, MANIFEST]
-    write_file(target / JOURNAL, json.dumps({"files": names}, indent=1).encode())
+    target.mkdir(parents=True, exist_ok=True)
     try:
+        write_file(target / JOURNAL, json.dumps({"files": names}, indent=1).encode())
         yield
         sync_directory(target)
     except BaseException:
