@@ -60,8 +60,8 @@ def plan(
 
 
 def convert(
-    src: str | Path,
-    dst: str | Path,
+    src: str | Path | Plan,
+    dst: str | Path | None = None,
     *,
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
@@ -71,7 +71,7 @@ def convert(
     """Writes a published checkpoint as a converted directory `dst`, which must be new or empty.
 
     Args:
-        src: a published directory, ``nano``, or a Hub repo id.
+        src: a published directory, ``nano``, or a Hub repo id; or a plan, which says all the rest.
         dtype: "bf16", "fp16" or "fp32"; None keeps each tensor's own. The router is fp32 always.
         max_shard_size: bytes of tensors in a shard; one tensor is never split.
         progress: called with the number of tensor bytes written since its last call.
@@ -84,31 +84,47 @@ def convert(
         ConfigError: its ``config.json`` is missing, or not Kimi-VL's.
         EnvironmentProblem, OSError: no room, no network, a failing disk.
     """
-    weights = open_for_conversion(resolve(src, revision))
+    if isinstance(src, Plan):
+        dst, dtype, max_shard_size = src.target, src.asked_dtype, src.max_shard_size or DEFAULT_SHARD_BYTES
+    weights = open_for_conversion(src.source if isinstance(src, Plan) else resolve(src, revision))
     todo = plan_conversion(weights, dst, dtype, max_shard_size)
-    carry_out(todo, weights, progress)
+    carry_out(_agreed(src, todo), weights, progress)
     return todo
 
 
-def revert(src: str | Path, dst: str | Path, *, progress: Progress | None = None) -> Plan:
+def revert(
+    src: str | Path | Plan, dst: str | Path | None = None, *, progress: Progress | None = None
+) -> Plan:
     """Writes the published checkpoint that the converted directory `src` was made of to `dst`, bit for bit.
 
     Files, split, headers and order are the source's. Where the conversion rounded (`Plan.narrowed`), the rounded
-    values are widened to the published dtype.
+    values are widened to the published dtype. `src` may be a plan, which says all the rest.
 
     Raises:
         ConversionError: `src` is no converted directory or is damaged, or `dst` is not new or empty.
         EnvironmentProblem, OSError: no room, a failing disk.
     """
-    weights = open_for_reversal(resolve(src))
+    if isinstance(src, Plan):
+        dst = src.target
+    weights = open_for_reversal(src.source if isinstance(src, Plan) else resolve(src))
     todo = plan_reversal(weights, dst)
-    carry_out(todo, weights, progress)
+    carry_out(_agreed(src, todo), weights, progress)
     return todo
 
 
+def _agreed(asked: str | Path | Plan, now: Plan) -> Plan:
+    """The plan as it is now, once it is sure that it still is the one that was asked for."""
+    if isinstance(asked, Plan) and asked != now:
+        raise ConversionError(
+            f"{now.source.directory}: is not what the plan was made from; was it changed, or is it for the other way?"
+        )
+    return now
+
+
 def carry_out(todo: Plan, weights: Weights, progress: Progress | None = None) -> None:
-    """Does what a plan with a target says, from the weights that it was made for; raises as :func:`convert`."""
-    assert todo.target is not None, "a plan is carried out somewhere"
+    """Does what a plan says, from the weights that it was made for; raises as :func:`convert`."""
+    if todo.target is None:
+        raise ConversionError("dst: is not given; expected a new or an empty directory to write to")
     target = Path(todo.target)
     _check_target(todo, weights.directory, target)
     if isinstance(weights, ConvertedWeights):

@@ -21,6 +21,7 @@ from .mapping import Entry, Side, Spec
 from .published import PublishedWeights
 from .safetensors_file import TensorInfo
 from .transforms import DTYPES
+from .weights import Source
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -59,7 +60,7 @@ class Plan:
     """
 
     reverse: bool
-    source: str
+    source: Source
     target: str | None
     dtype: str
     asked_dtype: str | None
@@ -79,6 +80,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; headers are left out, they follow from the rest."""
         plan = asdict(self)
+        plan["source"]["directory"] = str(self.source.directory)
         for file in plan["files"]:
             del file["head"]
         return {**plan, "nbytes": self.nbytes}
@@ -147,7 +149,7 @@ def plan_conversion(
         ]
     return Plan(
         reverse=False,
-        source=weights.source.name,
+        source=weights.source,
         target=None if target is None else str(target),
         dtype=asked or weights.dtype,
         asked_dtype=dtype,
@@ -172,7 +174,7 @@ def plan_reversal(weights: ConvertedWeights, target: str | Path | None = None) -
     ]
     return Plan(
         reverse=True,
-        source=weights.source.name,
+        source=weights.source,
         target=None if target is None else str(target),
         dtype=_most([(tensor.dtype, tensor.nbytes) for tensor in tensors]),
         asked_dtype=None,

@@ -272,6 +272,24 @@ def test_a_plan_is_what_happens(tmp_path):
     assert back.source_tensors == len(planned.tensors)
 
 
+def test_a_plan_can_be_carried_out(tmp_path):
+    convert(plan(TINY, tmp_path / "a", dtype="fp32", max_shard_size=100_000))
+    convert(TINY, tmp_path / "b", dtype="fp32", max_shard_size=100_000)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    revert(plan(tmp_path / "a", tmp_path / "back", reverse=True))
+    assert content(tmp_path / "back") == content(TINY)
+
+
+def test_a_plan_that_no_longer_holds_is_refused(tiny, tmp_path):
+    planned = plan(tiny, tmp_path / "x")
+    (tiny / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="is not what the plan was made from"):
+        convert(planned)
+    with pytest.raises(ConversionError, match="dst: is not given"):
+        convert(plan(tiny))
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_manifest_tells_where_every_tensor_came_from(converted):
     manifest = Manifest.load(converted)
     record = manifest.tensors["language_model.model.layers.1.mlp.experts.down_proj"]
