@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from kimi_vl.verify.cases import Limits, SeededSource, select, suite
 from kimi_vl.verify.oracle import Oracle
 from kimi_vl.verify.runner import run_suite

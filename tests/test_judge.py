@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from golden import DATA
+from parity import OracleCandidate, run
+
 from kimi_vl.verify.judge import (
     PROFILES,
     Finding,
@@ -21,7 +23,6 @@ from kimi_vl.verify.judge import (
 from kimi_vl.verify.metrics import ROUTING_TIE
 from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.runner import RunError, load_run, save_run
-from parity import OracleCandidate, run
 
 STRICT = load_profile("strict")
 FAST = ("text", "steps")

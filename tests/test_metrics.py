@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from kimi_vl.verify.metrics import (
     NOT_A_TIE,
     ROUTING_TIE,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from golden import CASES, CHECKPOINTS, DATA, inputs, load_case, rel_l2
+from safetensors.torch import load_file, save_file
+
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.verify.oracle import OracleError, build_network, build_oracle, to_published
-from safetensors.torch import load_file, save_file
 
 TINY = DATA / "tiny8-fp32"
 

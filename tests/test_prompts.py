@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from published import DATA, published_directory
+
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.modeling.processing import KimiVLProcessor
 from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, suite
 from kimi_vl.verify.prompts import ProcessorSource, draw, has_processor
-from published import DATA, published_directory
 
 LIMITS = Limits(contexts=(256, 512, 1024), chunk=128, patches=256)
 NAMES = [plan.name for plan in suite(ModelConfig.from_file(DATA / "tiny8-bf16"), LIMITS)]

@@ -12,10 +12,11 @@ import sys
 import pytest
 from click.testing import CliRunner
 from golden import DATA
+from parity import OracleCandidate
+
 from kimi_vl.verify import candidates
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.oracle import build_oracle
-from parity import OracleCandidate
 
 TINY = str(DATA / "tiny8-bf16")
 HEAVY = ("torch", "transformers", "mindspore", "matplotlib", "jinja2")

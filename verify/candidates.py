@@ -5,23 +5,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..convert.manifest import MANIFEST as CONVERTED
+from ..export.bundle import MANIFEST as BUNDLE
+from ..export.bundle import Bundle
 from ..modeling.buckets import contexts, largest_image
 from ..modeling.configuration import ModelConfig
+from ..modeling.settings import in_token_limit
 from .cases import Limits
 
 Inputs = Mapping[str, np.ndarray]
 Taps = dict[str, np.ndarray]
 
 CHUNK = 256  # tokens of a prefill graph when the network itself is the candidate
-CONTEXT = 4096
+CONTEXT = 1024  # of its largest cache: three lengths, as those of a larger one
 
 
 class CandidateError(ValueError):
@@ -57,7 +60,7 @@ class Found:
     kind: str  # "bundle", "converted directory" or "published directory"
     config: ModelConfig
     limits: Limits
-    manifest: dict[str, Any] = field(default_factory=dict)
+    taps: bool = True
 
     @property
     def stage(self) -> str:
@@ -68,7 +71,7 @@ def inspect(path: str | Path) -> Found:
     """What kind of candidate a directory is, and what it can take.
 
     Raises:
-        CandidateError: it is none.
+        CandidateError, BundleError: it is none, or its manifest is damaged.
         ConfigError: its configuration is not Kimi-VL's.
     """
     path = Path(path)
@@ -77,9 +80,12 @@ def inspect(path: str | Path) -> Found:
             f"--candidate: {path} is not a directory; give a converted directory or a bundle"
         )
     config = ModelConfig.from_file(path)
-    converted = _json(path / "conversion.json")
-    kind = "published directory" if converted is None else "converted directory"
-    return Found(path, kind, config, _network_limits(path, config), converted or {})
+    if (path / BUNDLE).is_file():
+        bundle = Bundle.load(path)
+        limits = Limits(bundle.contexts, bundle.prefill_chunk, bundle.patches[-1])
+        return Found(path, "bundle", config, limits, bundle.taps)
+    kind = "converted directory" if (path / CONVERTED).is_file() else "published directory"
+    return Found(path, kind, config, _network_limits(path, config))
 
 
 def open_candidate(found: Found) -> Candidate:
@@ -88,6 +94,10 @@ def open_candidate(found: Found) -> Candidate:
     Raises:
         ValueError: the weights or graphs are damaged; the message says how.
     """
+    if found.kind == "bundle":
+        from ..export import MindIRModel
+
+        return ModelCandidate(MindIRModel.from_bundle(found.path), found)
     from ..modeling.modeling_kimi_vl import KimiVLForConditionalGeneration
 
     model = KimiVLForConditionalGeneration.from_pretrained(
@@ -107,7 +117,6 @@ class ModelCandidate:
         self.found = found
         self.limits = found.limits
         self.name = found.path.name or str(found.path)
-        self.has_taps = found.kind != "bundle" or bool(found.manifest.get("taps"))
 
     def describe(self) -> dict[str, Any]:
         import mindspore
@@ -122,12 +131,12 @@ class ModelCandidate:
             "dtype": _dtype_name(self.model.dtype),
             "context": self.limits.context,
             "prefill_chunk": self.limits.chunk,
-            "taps": self.has_taps,
+            "taps": self.found.taps,
         }
 
     def run(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
         logits, _ = self._calls(inputs, calls, taps=False)
-        if not self.has_taps:
+        if not self.found.taps:
             return logits
         again, taps = self._calls(inputs, calls, taps=True)
         differ = np.abs(again["logits"].astype(np.float64) - logits["logits"]).max(initial=0.0)
@@ -175,7 +184,7 @@ def require_same_model(reference: Path, found: Found) -> ModelConfig:
         CandidateError: the reference is no published checkpoint, or a field of the network differs.
         ConfigError: the reference has no configuration of Kimi-VL.
     """
-    if (reference / "conversion.json").is_file():
+    if (reference / CONVERTED).is_file():
         raise CandidateError(
             f"--reference: {reference} is a converted directory; give the published checkpoint it was made from"
         )
@@ -209,22 +218,5 @@ def _numpy(value: Any) -> np.ndarray:
 def _network_limits(path: Path, config: ModelConfig) -> Limits:
     """Sizes for a network built for verification: a context small enough has a chunk that a prompt can exceed."""
     context = min(CONTEXT, config.text.max_position_embeddings)
-    limit = (_json(path / "preprocessor_config.json") or {}).get("in_token_limit") or 4096
-    return Limits(tuple(contexts(context)), max(1, min(CHUNK, context // 2)), largest_image(int(limit)))
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file.
-
-    Raises:
-        CandidateError: the file is there, but is none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise CandidateError(f"{path}: is not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise CandidateError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
+    patches = largest_image(in_token_limit(path))
+    return Limits(tuple(contexts(context)), max(1, min(CHUNK, context // 2)), patches)

@@ -104,7 +104,8 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
 
     tall, wide = grid(table_h // kh + 1, 2), grid(1, table_w // kw + 1)
     batch = (Row((grid(1, 2),)), Row(tokens=39), Row((wide, grid(2, 1))))
-    chunk, border = limits.chunk, limits.contexts[0]
+    chunk, context = limits.chunk, limits.context
+    border = next((n for n in limits.contexts if n >= 32), context)
     long = chunk + chunk // 2 + 5
     plans = [
         Plan("text", "one text prompt", (Row(),), new_tokens=32),
@@ -128,7 +129,14 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
             f"token by token across the border of the {border}-token cache",
             (Row(tokens=border + 8),),
             tail=(1,) * 16,
-            impossible="" if len(limits.contexts) > 1 else f"the cache has only one length, {border}",
+            impossible="" if context > border else f"the cache has only one length, {border}",
+        ),
+        Plan(
+            "edge",
+            f"a prompt that fills the {context}-token cache to its last slot",
+            (Row(tokens=context),),
+            tail=(2, 1),
+            by_default=context <= 512,
         ),
         Plan("experts", "as many tokens as it takes to use every expert", (Row(tokens=64),)),
         Plan(
