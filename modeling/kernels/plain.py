@@ -6,6 +6,7 @@ SiLU 4e-8, GELU 1e-8, LayerNorm 5e-8 relative L2; `ops.tanh` (2e-5) and `ops.exp
 
 Large operands are brought to one shape by `broadcast_to` first: the CPU's elementwise kernels keep 16 bytes of indices
 per element of a broadcast result, per operator and for good, 1 GB for four biases of a [4096, 4096] activation.
+Transpose keeps 8 bytes per element likewise, so heads are moved by Split and Stack, which keep nothing.
 """
 
 from __future__ import annotations
@@ -66,6 +67,30 @@ def attend(batch_matmul_t, softmax, batch_matmul, q, keys, values, mask):
     else:
         y = out[0]
     return y
+
+
+class SplitHeads(nn.Cell):
+    """[R, heads * D] -> [heads, R, D]."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.split = P.Split(1, heads)
+        self.stack = P.Stack(0)
+
+    def construct(self, x):
+        return self.stack(self.split(x))
+
+
+class MergeHeads(nn.Cell):
+    """[heads, R, D] -> [R, heads * D]; experts merge alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unstack = P.Unstack(0)
+        self.concat = P.Concat(1)
+
+    def construct(self, x):
+        return self.concat(self.unstack(x))
 
 
 class Linear(nn.Cell):
@@ -147,6 +172,7 @@ class Experts(nn.Cell):
         self.matmul = P.MatMul()
         self.batch_matmul = P.BatchMatMul()
         self.sum = P.ReduceSum()
+        self.merge = MergeHeads()
         self.swiglu = SwiGLU()
 
     def construct(self, x, gate_up, down, indices, weights):
@@ -170,9 +196,9 @@ class Experts(nn.Cell):
             share = self.sum(ops.cast(chosen, x.dtype) * weights.expand_dims(-1), 1)  # (R, E)
             h = ops.broadcast_to(x, (self.experts, rows, x.shape[1]))
             h = self.swiglu(self.batch_matmul(h, gate_up))  # (E, R, I)
-            h = ops.transpose(h, (1, 0, 2))  # (R, E, I)
-            h = h * ops.broadcast_to(share.expand_dims(-1), h.shape)
-            result = self.matmul(ops.reshape(h, (rows, -1)), ops.reshape(down, (-1, down.shape[2])))
+            share = ops.reshape(ops.transpose(share, (1, 0)), (self.experts, rows, 1))
+            h = self.merge(h * ops.broadcast_to(share, h.shape))  # (R, E * I)
+            result = self.matmul(h, ops.reshape(down, (-1, down.shape[2])))
         return result
 
 
@@ -212,6 +238,8 @@ class LatentAttention(nn.Cell):
         self.v = config.v_head_dim
         self.lora = config.kv_lora_rank
         self.scale = config.qk_head_dim**-0.5
+        self.split_heads = SplitHeads(self.heads)
+        self.merge_heads = MergeHeads()
         self.write = P.ScatterUpdate()
         self.matmul = P.MatMul()
         self.matmul_t = P.MatMul(transpose_b=True)
@@ -227,8 +255,7 @@ class LatentAttention(nn.Cell):
         for b in range(batch):
             at = b * tokens
             cache = self.write(caches[b], positions[b], rows[at : at + tokens])  # (S, lora + rope)
-            q_b = ops.reshape(q[at : at + tokens], (tokens, self.heads, -1)) * self.scale
-            q_b = ops.transpose(q_b, (1, 0, 2))
+            q_b = self.split_heads(q[at : at + tokens] * self.scale)  # (heads, T, nope + rope)
             if tokens == 1:
                 out += (self._decode(q_b, cache, masks[b], k_b, v_b),)
             else:
@@ -247,16 +274,14 @@ class LatentAttention(nn.Cell):
         return ops.reshape(values, (1, -1))
 
     def _prefill(self, q, cache, mask, k_b, v_b):
-        tokens, context = q.shape[1], cache.shape[0]
+        context = cache.shape[0]
         latent, k_rope = cache[:, : self.lora], cache[:, self.lora :]
-        keys = self.matmul_t(latent, ops.reshape(k_b, (-1, self.lora)))  # (S, heads * nope)
-        keys = ops.transpose(ops.reshape(keys, (context, self.heads, -1)), (1, 0, 2))
+        keys = self.split_heads(self.matmul_t(latent, ops.reshape(k_b, (-1, self.lora))))  # (heads, S, nope)
         k_rope = ops.broadcast_to(k_rope, (self.heads, context, k_rope.shape[1]))
         keys = ops.concat((keys, k_rope), -1)  # (heads, S, nope + rope)
-        values = self.matmul_t(latent, ops.reshape(v_b, (-1, self.lora)))
-        values = ops.transpose(ops.reshape(values, (context, self.heads, -1)), (1, 0, 2))  # (heads, S, v)
+        values = self.split_heads(self.matmul_t(latent, ops.reshape(v_b, (-1, self.lora))))  # (heads, S, v)
         y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, keys, values, mask)
-        return ops.reshape(ops.transpose(y, (1, 0, 2)), (tokens, -1))  # (T, heads * v)
+        return self.merge_heads(y)  # (T, heads * v)
 
 
 class VisionAttention(nn.Cell):
@@ -266,18 +291,17 @@ class VisionAttention(nn.Cell):
         super().__init__()
         self.heads = config.num_attention_heads
         self.scale = config.head_dim**-0.5
+        self.split_heads = SplitHeads(self.heads)
+        self.merge_heads = MergeHeads()
         self.batch_matmul = P.BatchMatMul()
         self.batch_matmul_t = P.BatchMatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
 
     def construct(self, q, k, v, valid):
         n = q.shape[0]
-        q, k, v = (
-            ops.transpose(q * self.scale, (1, 0, 2)),
-            ops.transpose(k, (1, 0, 2)),
-            ops.transpose(v, (1, 0, 2)),
-        )
+        q = self.split_heads(ops.reshape(q, (n, -1)) * self.scale)  # (heads, N, head_dim)
+        k, v = self.split_heads(ops.reshape(k, (n, -1))), self.split_heads(ops.reshape(v, (n, -1)))
         padding = ops.greater_equal(ops.arange(n).astype(ms.int32), valid)
         mask = ops.reshape(ops.cast(padding, ms.float32) * MASKED, (1, n))
         y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v, mask)
-        return ops.reshape(ops.transpose(y, (1, 0, 2)), (n, -1))
+        return self.merge_heads(y)
