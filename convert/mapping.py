@@ -160,7 +160,7 @@ DIMS: dict[str, tuple[str, _Of]] = {
     "Dheads": ("vision_config.num_attention_heads", lambda c: c.vision.num_attention_heads),
     "Dhead": ("vision_config.hidden_size / num_attention_heads", lambda c: c.vision.head_dim),
     "M": ("vision_config.intermediate_size", lambda c: c.vision.intermediate_size),
-    "C": ("the number of colours", lambda c: 3),
+    "C": ("", lambda c: 3),
     "p": ("vision_config.patch_size", lambda c: c.vision.patch_size),
     "Cpp": ("vision_config.patch_size", lambda c: c.vision.patch_dim),
     "h": ("vision_config.init_pos_emb_height", lambda c: c.vision.init_pos_emb_height),
@@ -311,10 +311,10 @@ def plausible(config: ModelConfig, tensors: int) -> None:
 def _check(side: Side, spec: Spec) -> None:
     if spec.shape != side.shape:
         pairs = itertools.zip_longest(side.fields, side.shape, spec.shape)
-        wrong = dict.fromkeys(field for field, want, got in pairs if want != got and field)
+        wrong = dict.fromkeys(f"config.{field}" for field, want, got in pairs if want != got and field)
+        source = f" from {' and '.join(wrong)}" if wrong else ""
         raise ConversionError(
-            f"{side.name}: shape {spec.shape}, expected {side.shape} from config.{' and config.'.join(wrong)}; "
-            "is --src another variant?"
+            f"{side.name}: shape {spec.shape}, expected {side.shape}{source}; is --src another variant?"
         )
     if spec.dtype not in t.DTYPES:
         raise ConversionError(

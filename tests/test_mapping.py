@@ -208,7 +208,7 @@ GATE = "language_model.model.layers.1.mlp.gate.weight"
         ),
         (
             {"language_model.model.norm.weight": Spec((22, 1), "bfloat16")},
-            "language_model.model.norm.weight: shape (22, 1), expected (22,)",
+            "language_model.model.norm.weight: shape (22, 1), expected (22,); is --src another variant?",
         ),
         (
             {"language_model.model.norm.weight": Spec((22,), "float64")},
