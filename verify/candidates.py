@@ -97,7 +97,7 @@ def open_candidate(found: Found) -> Candidate:
     if found.kind == "bundle":
         from ..export import MindIRModel
 
-        return ModelCandidate(MindIRModel.from_bundle(found.path), found)
+        return ModelCandidate(MindIRModel.from_bundle(found.path, verify=True), found)
     from ..modeling.modeling_kimi_vl import KimiVLForConditionalGeneration
 
     model = KimiVLForConditionalGeneration.from_pretrained(

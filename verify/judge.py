@@ -179,10 +179,12 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
         verdict.findings.append(Finding("-", "error", "cases", 0, 1, False, "no case was run at all"))
     for case in run["cases"]:
         verdict.findings += _judge_case(case, profile, promised, verdict.notes)
-    unavailable = sorted({tap for case in run["cases"] for tap in case["missing"]}, key=network_order)
-    if unavailable and not promised:
+    missing = sorted({tap for case in run["cases"] for tap in case["missing"]}, key=network_order)
+    if missing and not promised:
+        kinds = {"router": "choices of experts", "layers": "hidden states of the decoder layers"}
+        words = dict.fromkeys(kinds.get(tap.split(".")[0], describe_tap(tap)) for tap in missing)
         verdict.notes.append(
-            f"not available in this candidate, so not judged: {', '.join(unavailable)} "
+            f"not available in this candidate, so not judged: {', '.join(words)} "
             "(export with --taps to have them); logits and tokens were judged"
         )
     for skipped in run["suite"]["skipped"]:

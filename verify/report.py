@@ -287,7 +287,7 @@ def _drift_taps(run: dict[str, Any]) -> list[str]:
     return [*names, "logits"]
 
 
-FLOOR = 1e-9  # where a distance of exactly 0 is drawn
+FLOOR = 1e-9  # a logarithm has no place for a distance of exactly 0, so it is not drawn
 
 
 def _draw_drift(axes: Any, run: dict[str, Any], profile: Profile, taps: list[str]) -> None:
@@ -296,7 +296,7 @@ def _draw_drift(axes: Any, run: dict[str, Any], profile: Profile, taps: list[str
     worst = [FLOOR] * len(taps)
     for case in run["cases"]:
         points = [(i, case["taps"].get(tap, {}).get("rel_l2")) for i, tap in enumerate(taps)]
-        points = [(i, max(value, FLOOR)) for i, value in points if value is not None]
+        points = [(i, max(value, FLOOR)) for i, value in points if value]
         for i, value in points:
             worst[i] = max(worst[i], value)
         if points:
