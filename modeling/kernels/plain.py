@@ -74,11 +74,16 @@ class SplitHeads(nn.Cell):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.split = P.Split(1, heads)
         self.stack = P.Stack(0)
 
     def construct(self, x):
-        return self.stack(self.split(x))
+        if self.heads == 1:
+            y = x.expand_dims(0)
+        else:
+            y = self.stack(self.split(x))
+        return y
 
 
 class MergeHeads(nn.Cell):
@@ -90,7 +95,11 @@ class MergeHeads(nn.Cell):
         self.concat = P.Concat(1)
 
     def construct(self, x):
-        return self.concat(self.unstack(x))
+        if x.shape[0] == 1:
+            y = x[0]
+        else:
+            y = self.concat(self.unstack(x))
+        return y
 
 
 class Linear(nn.Cell):
@@ -214,11 +223,14 @@ class Window(nn.Cell):
     def construct(self, start):
         positions, masks = (), ()
         for b in range(self.batch):
-            p = self.offsets + start[b]  # (T,)
+            first = start[b]
+            p = self.offsets + first  # (T,)
             positions += (p,)
             shape = (self.offsets.shape[0], self.slots.shape[0])
+            # slot > p, with the start added to both sides: one that depends on no input would be folded into a
+            # constant of T x S numbers, held by every compiled graph and stored in every exported one.
             hidden = ops.greater(
-                ops.broadcast_to(self.slots, shape), ops.broadcast_to(p.expand_dims(1), shape)
+                ops.broadcast_to(self.slots + first, shape), ops.broadcast_to((p + first).expand_dims(1), shape)
             )
             masks += (ops.cast(hidden, ms.float32) * MASKED,)  # (T, S), added to the scores
         return positions, masks
