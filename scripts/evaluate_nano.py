@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nano_kit.card import DEMO, DEMO_GRID, demo_picture, percent, write_card
 from nano_kit.chat import generator
 from nano_kit.evaluation import Judge, held_out, jobs, mindspore_judge, torch_judge
-from nano_kit.questions import KINDS, SIDES, Conversation, turns_about
+from nano_kit.questions import KINDS, QUESTIONS, SIDES, Conversation, turns_about
 
 BY_NUMBER = ("colour", "colour_zh", "count_kind", "count_kind_zh")
-DEMO_QUESTION = "describe"
+DEMO_KIND = "describe"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +87,8 @@ def demo_figures(judge: Judge) -> dict[str, str]:
     """
     picture = demo_picture()
     turns = turns_about(generator("held out", "demo"), picture)
-    turn = next(turn for turn in turns if turn.kind == DEMO_QUESTION)
+    turn = next(turn for turn in turns if turn.kind == DEMO_KIND)
+    turn = replace(turn, question=QUESTIONS[DEMO_KIND][0])
     if not judge([Conversation((picture,), (turn,))]).all():
         raise ValueError(
             f"{DEMO} ({DEMO_GRID[0]} x {DEMO_GRID[1]} patches): the network does not answer {turn.answer!r}"

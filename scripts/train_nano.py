@@ -2,10 +2,10 @@
 
 The network is transformers' own ``Kimi_K25ForConditionalGeneration``, trained by one process of one thread per core
 with averaged gradients. Everything is seeded and every schedule counts steps, so a second run gives the same model up
-to rounding in floating point. About 45 minutes on two free cores.
+to rounding in floating point. A step takes each process about 0.75 seconds, the whole about 50 minutes on two cores.
 
-    python scripts/train_nano.py /tmp/nano-run            # train, then write /tmp/nano-run/model
-    python scripts/train_nano.py /tmp/nano-run --resume   # continue after an interruption
+    python scripts/train_nano.py nano-run            # train, then write nano-run/model
+    python scripts/train_nano.py nano-run --resume   # continue after an interruption
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from nano_kit.chat import generator, load_vocabulary, make_batch, train_vocabulary
 from nano_kit.evaluation import held_out, jobs, right_answers
+from nano_kit.lesson import Lesson
 from nano_kit.network import CONFIG, new_network, run
 from nano_kit.pictures import LABELS
 from nano_kit.publish import write_model
@@ -34,9 +36,13 @@ from nano_kit.questions import KINDS, SIDES, converse
 
 CHECKPOINT, VOCABULARY_FILE = "checkpoint.pt", "tiktoken.model"
 ADAM_LR, MUON_LR, BIAS_STEP = 3e-3, 4e-3, 2e-3
-WARM_UP, COOL_DOWN = 100, 0.45  # steps; share of the steps over which the rates fall to zero
-EASY = 360  # steps with at most two shapes or digits
+RATE_STEPS, RATES = (-1, 99, 1800, 3000, 3050, 3700), (0.0, 1.0, 1.0, 0.0, 0.35, 0.0)  # linear between
+STEPS = RATE_STEPS[-1]
+EASY = 360  # until this step, few shapes and digits
+FULL = 3000  # from this step on, more shapes, and descriptions come first
 LABEL_WEIGHT = 0.3  # of the loss that asks the tower's output what begins at each patch
+LESSON_FROM = 1500  # from this step on, when it can see, two attention heads are taught where to look
+LESSON_WEIGHT = 0.1  # of that loss
 TELLING_WEIGHT = 3.0  # of the tokens that an answer turns on
 CLIP = 1.0
 
@@ -93,6 +99,7 @@ class Trainer:
         self.args, self.rank, self.step = args, rank, 0
         self.encode = load_vocabulary(args.out / VOCABULARY_FILE)
         self.network = new_network(args.seed)
+        self.lesson = Lesson(self.network)
         self.labeller = torch.nn.Linear(CONFIG["vision_config"]["hidden_size"], sum(LABELS))
         self.gates: list[Any] = [layer.mlp.gate for layer in self.network.model.language_model.layers[1:]]
         for gate in self.gates:
@@ -112,28 +119,30 @@ class Trainer:
 
     def train(self) -> None:
         started, first = time.time(), self.step
-        while self.step < self.args.steps:
+        while self.step < STEPS:
             losses = self.update()
             if self.step % 100 == 0:
                 rate = (self.step - first) * self.args.batch / (time.time() - started)
-                self.say(f"step {self.step}  {rate:.0f}/s  loss {losses[0]:.4f}  labels {losses[1]:.4f}")
-            if self.step % self.args.every == 0:
+                self.say(f"step {self.step}  {rate:.0f}/s  loss " + "  ".join(f"{x:.4f}" for x in losses))
+            if self.step % self.args.every == 0 or self.step == STEPS:
                 self.save()
                 self.say(json.dumps(self.accuracy(4)))
 
     def update(self) -> list[float]:
-        """One step of the optimisers; the mean losses of answers and labels."""
-        args, done = self.args, self.step / self.args.steps
+        """One step of the optimisers; the mean losses of answers, labels and looks."""
+        args = self.args
         grid_rng = generator(
             "grid", args.seed, self.step
         )  # one for all processes, so that none waits for another
         grid = grid_rng.choice(SIDES), grid_rng.choice(SIDES)
         rng = generator("training", args.seed, self.step, self.rank)
-        chats = [converse(rng, grid, easy=self.step < EASY) for _ in range(args.batch // args.processes)]
+        level = "easy" if self.step < EASY else "usual" if self.step < FULL else "full"
+        chats = [converse(rng, grid, level=level) for _ in range(args.batch // args.processes)]
         batch = make_batch(self.encode, chats, TELLING_WEIGHT)
         weights = F.pad(torch.from_numpy(batch.weights)[:, 1:], (0, 1))
         targets = F.pad(torch.from_numpy(batch.ids)[:, 1:], (0, 1))
         where = weights > 0
+        self.lesson.give(batch.looks if self.step >= LESSON_FROM else ())
         logits, seen = run(self.network, batch, where)
         sheets = () if seen is None else self.labeller(seen).split(LABELS, dim=-1)
         each = F.cross_entropy(logits, targets[where], reduction="none")
@@ -142,10 +151,11 @@ class Trainer:
         for plane, sheet in enumerate(sheets):
             wanted = torch.from_numpy(batch.labels[:, plane])
             labels = labels + F.cross_entropy(sheet, wanted, self.class_weights[plane])
-        (answers + LABEL_WEIGHT * labels).backward()
-        loads, losses = self._average(torch.stack([answers.detach(), labels.detach()]))
+        looks = self.lesson.loss
+        (answers + LABEL_WEIGHT * labels + LESSON_WEIGHT * looks).backward()
+        loads, losses = self._average(torch.stack([answers, labels, looks]).detach())
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        factor = min(1.0, (self.step + 1) / WARM_UP, (1 - done) / COOL_DOWN)
+        factor = float(np.interp(self.step, RATE_STEPS, RATES))
         self.adam.param_groups[0]["lr"] = factor * ADAM_LR
         self.adam.step()
         self.muon.step(factor * MUON_LR)
@@ -170,6 +180,7 @@ class Trainer:
     def accuracy(self, each: int) -> dict[str, float]:
         """Exact answers per kind on `each` held-out questions per picture size, the work shared by all processes."""
         hits = torch.zeros(len(KINDS), 2)
+        self.lesson.give(())
         for kind, grid in jobs()[self.rank :: self.args.processes]:
             right = right_answers(self.network, self.encode, held_out(kind, grid, each))
             hits[KINDS.index(kind)] += torch.tensor([right.sum(), right.size])
@@ -219,7 +230,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="directory for the checkpoint and the finished model")
-    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=32, help="conversations per step, over all processes")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -66,11 +66,21 @@ Encode = Callable[[str], tuple[tuple[int, ...], tuple[tuple[int, int], ...]]]
 """Text to token ids and the (start, end) characters of each."""
 
 
+class TokenLook(NamedTuple):
+    """A :class:`questions.Look` in tokens: at `place` of `row`, the next token depends on the media tokens `keys`."""
+
+    row: int
+    place: int
+    keys: tuple[int, ...]
+    counts: bool
+
+
 class Batch(NamedTuple):
     """Conversations of equal picture size as arrays; `pixels`, `grids`, `labels` are empty without pictures.
 
     `ids` [B, S] int64, padded at the right; `weights` [B, S] float32, how much the loss looks at each token as a
-    target; `pixels` [N, 3, 14, 14]; `grids` [n, 2]; `labels` [N, 3] int64 (see :class:`pictures.Picture`).
+    target; `pixels` [N, 3, 14, 14]; `grids` [n, 2]; `labels` [N, 3] int64 (see :class:`pictures.Picture`); `looks`
+    says where in the row to look when the token after a place is said.
     """
 
     ids: np.ndarray
@@ -78,6 +88,7 @@ class Batch(NamedTuple):
     pixels: np.ndarray
     grids: np.ndarray
     labels: np.ndarray
+    looks: tuple[TokenLook, ...]
 
 
 def train_vocabulary(path: Path) -> None:
@@ -121,9 +132,9 @@ def load_vocabulary(path: Path) -> Encode:
 
 
 def encode_chat(
-    encode: Encode, conversation: Conversation, telling_weight: float = 1.0
-) -> tuple[list[int], list[float]]:
-    """Token ids in the published chat format, and per token its weight as a target.
+    encode: Encode, conversation: Conversation, telling_weight: float = 1.0, row: int = 0
+) -> tuple[list[int], list[float], list[TokenLook]]:
+    """Token ids in the published chat format, per token its weight as a target, and the looks of row `row`.
 
     Answers and their end marks weigh 1, `telling_weight` in their telling parts; all else weighs 0.
     """
@@ -131,42 +142,45 @@ def encode_chat(
     ids = [s["<|im_system|>"], *encode("system")[0], s["<|im_middle|>"]]
     ids += [*encode(SYSTEM_PROMPT)[0], s["<|im_end|>"]]
     weights = [0.0] * len(ids)
+    looks: list[TokenLook] = []
+    first_media: list[int] = []
     for i, turn in enumerate(conversation.turns):
         ids += [s["<|im_user|>"], *encode("user")[0], s["<|im_middle|>"]]
         for picture in conversation.pictures if i == 0 else ():
             n = picture.labels.shape[0] * picture.labels.shape[1] // 4
             ids += [s["<|media_start|>"], *encode("image")[0], s["<|media_content|>"]]
+            first_media.append(len(ids))
             ids += [s["<|media_pad|>"]] * n + [s["<|media_end|>"]]
         ids += [*encode(turn.question)[0], s["<|im_end|>"]]
         ids += [s["<|im_assistant|>"], *encode("assistant")[0], s["<|im_middle|>"]]
         weights += [0.0] * (len(ids) - len(weights))
         answer, offsets = encode(turn.answer)
+        for look in turn.looks:
+            columns = conversation.pictures[look.picture].labels.shape[1] // 2
+            keys = tuple(first_media[look.picture] + i * columns + j for i, j in look.cells)
+            token = next(k for k, (_, end) in enumerate(offsets) if look.at < end)
+            looks.append(TokenLook(row, len(ids) + token - 1, keys, look.counts))
         start, end = turn.telling
         ids += [*answer, s["<|im_end|>"]]
         weights += [telling_weight if a < end and b > start else 1.0 for a, b in offsets] + [1.0]
-    return ids, weights
+    return ids, weights, looks
 
 
 def make_batch(encode: Encode, conversations: Sequence[Conversation], telling_weight: float = 1.0) -> Batch:
     """Padding at the right is harmless under causal attention, so a batch needs no mask."""
-    chats = [encode_chat(encode, conversation, telling_weight) for conversation in conversations]
-    longest = max(len(ids) for ids, _ in chats)
+    chats = [encode_chat(encode, c, telling_weight, row) for row, c in enumerate(conversations)]
+    longest = max(len(ids) for ids, _, _ in chats)
     ids = np.full((len(chats), longest), SPECIAL["[PAD]"], np.int64)
     weights = np.zeros((len(chats), longest), np.float32)
-    for row, (chat_ids, chat_weights) in enumerate(chats):
+    for row, (chat_ids, chat_weights, _) in enumerate(chats):
         ids[row, : len(chat_ids)] = chat_ids
         weights[row, : len(chat_ids)] = chat_weights
     pictures = [picture for conversation in conversations for picture in conversation.pictures]
-    if not pictures:
-        empty = np.zeros((0, 3, 14, 14), np.float32)
-        return Batch(ids, weights, empty, np.zeros((0, 2), np.int64), np.zeros((0, len(LABELS)), np.int64))
-    return Batch(
-        ids,
-        weights,
-        np.concatenate([patches(picture) for picture in pictures]),
-        np.array([picture.labels.shape[:2] for picture in pictures], np.int64),
-        np.concatenate([picture.labels.reshape(-1, len(LABELS)) for picture in pictures]),
-    )
+    pixels = [np.zeros((0, 3, 14, 14), np.float32), *(patches(picture) for picture in pictures)]
+    labels = [np.zeros((0, len(LABELS)), np.int64), *(p.labels.reshape(-1, len(LABELS)) for p in pictures)]
+    grids = np.array([picture.labels.shape[:2] for picture in pictures], np.int64).reshape(-1, 2)
+    looks = tuple(look for _, _, of_chat in chats for look in of_chat)
+    return Batch(ids, weights, np.concatenate(pixels), grids, np.concatenate(labels), looks)
 
 
 def generator(*words: object) -> random.Random:

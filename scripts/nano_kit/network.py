@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import Kimi_K25ForConditionalGeneration
+
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.verify.oracle import build_network
-from transformers import Kimi_K25ForConditionalGeneration
 
 from .chat import SPECIAL, VOCABULARY, Batch
 

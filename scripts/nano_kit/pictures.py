@@ -34,6 +34,7 @@ WORDS = (
     *("cat", "dog", "sun", "car", "tree", "fish", "bird", "moon", "star", "milk"),
     *("rain", "book", "blue", "home", "ship", "king", "lamp", "ring", "frog", "wolf"),
 )
+SHAPE_COUNTS = {"easy": (1, 2, 2), "usual": (1, 2, 2, 3, 3, 4), "full": (1, 2, 3, 3, 4, 4)}
 MAX_SHAPES = 4
 GROUNDS = ((255, 255, 255), (215, 215, 215), (50, 50, 50), (0, 0, 0))
 DARK_INKS = ((20, 20, 20), (190, 30, 30), (30, 60, 180))
@@ -65,12 +66,12 @@ class Picture:
     labels: np.ndarray
 
 
-def draw_picture(rng: random.Random, grid: tuple[int, int], shows: str, easy: bool = False) -> Picture:
+def draw_picture(rng: random.Random, grid: tuple[int, int], shows: str, level: str = "usual") -> Picture:
     """A picture that fills `grid` (patch rows, patch columns; even) once it is padded.
 
     Args:
         shows: "shapes", "number" or "word".
-        easy: at most two shapes or digits.
+        level: one of `SHAPE_COUNTS`; an "easy" number has at most two digits.
     """
     rows, columns = grid[0] * PATCH, grid[1] * PATCH
     height, width = rows, columns
@@ -81,13 +82,13 @@ def draw_picture(rng: random.Random, grid: tuple[int, int], shows: str, easy: bo
     draw = ImageDraw.Draw(image)
     labels = np.zeros((*grid, len(LABELS)), np.int64)
     if shows == "shapes":
-        return Picture(image, _draw_shapes(rng, draw, labels, (height, width), easy), "", labels)
+        return Picture(image, _draw_shapes(rng, draw, labels, (height, width), level), "", labels)
     ink = rng.choice(DARK_INKS if ground[0] > 100 else LIGHT_INKS)
     most = width // PATCH
     if shows == "word":
         text = rng.choice([word for word in WORDS if len(word) <= most])
     else:
-        digits = min(rng.choice([1, 1, 2] if easy else [1, 2, 2, 3, 3, 4, 4]), most)
+        digits = min(rng.choice([1, 1, 2] if level == "easy" else [1, 2, 2, 3, 3, 4, 4]), most)
         text = str(rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
     _draw_text(rng, draw, labels, (height, width), text, ink)
     return Picture(image, (), text, labels)
@@ -126,10 +127,10 @@ def _draw_shapes(
     draw: ImageDraw.ImageDraw,
     labels: np.ndarray,
     size: tuple[int, int],
-    easy: bool,
+    level: str,
 ) -> tuple[Shape, ...]:
     cells = [(i, j) for i in range(size[0] // CELL) for j in range(size[1] // CELL)]
-    n = min(rng.choice([1, 2, 2] if easy else [1, 2, 2, 3, 3, MAX_SHAPES]), len(cells))
+    n = min(rng.choice(SHAPE_COUNTS[level]), len(cells))
     if rng.random() < 0.5:
         kinds = rng.sample(SHAPES, n)  # all differ: colours can be asked by shape
     else:

@@ -8,10 +8,11 @@ from shutil import copyfile
 from typing import Any
 
 import torch
-from kimi_vl.modeling.configuration import ModelConfig
-from kimi_vl.verify.oracle import to_published
 from safetensors.torch import save_file
 from torch import Tensor
+
+from kimi_vl.modeling.configuration import ModelConfig
+from kimi_vl.verify.oracle import to_published
 
 from .card import write_json
 from .chat import SPECIAL, SYSTEM_PROMPT

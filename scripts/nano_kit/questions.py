@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from .pictures import COLOURS, MAX_SHAPES, SHAPES, WORDS, Picture, Shape, draw_picture
 
@@ -49,6 +52,22 @@ SMALL_TALK = (
 SUMS = tuple((a, b) for a in range(10) for b in range(10))
 
 
+Cells = tuple[tuple[int, int], ...]
+"""Cells of 28 x 28 pixels, (row, column)."""
+
+
+class Look(NamedTuple):
+    """Where in picture number `picture` one has to look to say what stands at character `at` of an answer.
+
+    With `counts`, what is said is how many cells there are, so there may be none.
+    """
+
+    at: int
+    cells: Cells
+    counts: bool = False
+    picture: int = 0
+
+
 @dataclass(frozen=True)
 class Turn:
     """A question of one of `KINDS` and its answer.
@@ -60,6 +79,7 @@ class Turn:
     question: str
     answer: str
     telling: tuple[int, int]
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,20 +91,24 @@ class Conversation:
 
 
 def converse(
-    rng: random.Random, grid: tuple[int, int], most_turns: int = 5, easy: bool = False
+    rng: random.Random, grid: tuple[int, int], most_turns: int = 5, level: str = "usual"
 ) -> Conversation:
-    """A conversation for training, of a random kind; its pictures fill `grid` patches."""
+    """A conversation for training, of a random kind; its pictures fill `grid` patches.
+
+    Most conversations keep descriptions for the end, so that look-ups cannot be answered from their text; at level
+    "full" most begin with them instead.
+    """
     chance = rng.random()
     if chance < 0.04:
         return Conversation((), tuple(rng.sample(_TEXT_TURNS, 2)))
-    if chance < (0.08 if easy else 0.14):
-        pair = draw_picture(rng, grid, "shapes", easy), draw_picture(rng, grid, "shapes", easy)
+    if chance < (0.08 if level == "easy" else 0.14):
+        pair = draw_picture(rng, grid, "shapes", level), draw_picture(rng, grid, "shapes", level)
         return Conversation(pair, tuple(_compare(rng, *pair)))
-    picture = draw_picture(rng, grid, rng.choice(("shapes",) * 5 + ("number", "number", "word")), easy)
+    picture = draw_picture(rng, grid, rng.choice(("shapes",) * 5 + ("number", "number", "word")), level)
     turns = list(turns_about(rng, picture))
     rng.shuffle(turns)
-    if rng.random() < 0.6:  # look-ups before a description, whose text would answer them without a look
-        turns.sort(key=lambda turn: turn.kind.startswith("describe"))
+    if rng.random() < 0.6:
+        turns.sort(key=lambda turn: turn.kind.startswith("describe") != (level == "full"))
     return Conversation((picture,), tuple(turns[:most_turns]))
 
 
@@ -169,51 +193,97 @@ def turns_about(rng: random.Random, picture: Picture) -> Iterator[Turn]:
     """Every question that may be asked about one picture; look-ups by kind of shape in one language each."""
     if picture.text:
         kind, zh = ("number", "number_zh") if picture.text.isdigit() else ("word", "word_zh")
-        yield _turn(rng, kind, (), _ANSWERS[kind], picture.text)
-        yield _turn(rng, zh, (), _ANSWERS[zh], picture.text)
-        yield _turn(rng, "describe_text", (), _ANSWERS["describe_text"], kind, picture.text)
+        for turn in (
+            _turn(rng, kind, (), _ANSWERS[kind], picture.text),
+            _turn(rng, zh, (), _ANSWERS[zh], picture.text),
+            _turn(rng, "describe_text", (), _ANSWERS["describe_text"], kind, picture.text),
+        ):
+            yield _with_looks(turn, _glyph_looks(turn.answer, picture))
         return
-    shapes = picture.shapes
+    shapes, cells = picture.shapes, shape_cells(picture)
     kinds = [shape.kind for shape in shapes]
-    yield _turn(
-        rng, "describe", (), _ANSWERS["describe" if len(shapes) > 1 else "describe one"], _listed(shapes)
-    )
-    in_chinese = "、".join(f"{ZH_COLOURS[shape.colour]}的{ZH_SHAPES[shape.kind]}" for shape in shapes)
-    yield _turn(rng, "describe_zh", (), _ANSWERS["describe_zh"], in_chinese)
+    many = "describe" if len(shapes) > 1 else "describe one"
+    turn = _turn(rng, "describe", (), _ANSWERS[many], _listed(shapes))
+    words = [(shape.colour, shape.kind) for shape in shapes]
+    yield _with_looks(turn, _listed_looks(turn.answer, words, cells))
+    words = [(ZH_COLOURS[shape.colour], ZH_SHAPES[shape.kind]) for shape in shapes]
+    turn = _turn(rng, "describe_zh", (), _ANSWERS["describe_zh"], "、".join(f"{c}的{k}" for c, k in words))
+    yield _with_looks(turn, _listed_looks(turn.answer, words, cells))
     if len(shapes) == 1:
-        yield _turn(rng, "shape", (), _ANSWERS["shape"], kinds[0])
-        yield _turn(rng, "shape_zh", (), _ANSWERS["shape_zh"], ZH_SHAPES[kinds[0]])
-    for shape in shapes:
+        yield _looking(_turn(rng, "shape", (), _ANSWERS["shape"], kinds[0]), cells)
+        yield _looking(_turn(rng, "shape_zh", (), _ANSWERS["shape_zh"], ZH_SHAPES[kinds[0]]), cells)
+    for shape, cell in zip(shapes, cells):
         if kinds.count(shape.kind) == 1:
             if rng.random() < 0.5:
-                yield _turn(rng, "colour", (shape.kind,), _ANSWERS["colour"], shape.kind, shape.colour)
+                turn = _turn(rng, "colour", (shape.kind,), _ANSWERS["colour"], shape.kind, shape.colour)
             else:
                 name, colour = ZH_SHAPES[shape.kind], ZH_COLOURS[shape.colour]
-                yield _turn(rng, "colour_zh", (name,), _ANSWERS["colour_zh"], name, colour)
+                turn = _turn(rng, "colour_zh", (name,), _ANSWERS["colour_zh"], name, colour)
+            yield _looking(turn, (cell,))
     there = sorted(set(kinds))
     absent = [kind for kind in SHAPES if kind not in kinds]
     for kind in [*rng.sample(there, min(2, len(there))), *rng.sample(absent, rng.random() < 0.4)]:
-        n = kinds.count(kind)
+        found = tuple(cell for cell, other in zip(cells, kinds) if other == kind)
         if rng.random() < 0.5:
-            yield _turn(rng, "count_kind", (_plural(kind),), *_counted(n, kind, _plural(kind)))
+            turn = _turn(rng, "count_kind", (_plural(kind),), *_counted(len(found), kind, _plural(kind)))
         else:
             name = ZH_SHAPES[kind]
-            yield _turn(rng, "count_kind_zh", (name,), *_counted_zh(n, name))
+            turn = _turn(rng, "count_kind_zh", (name,), *_counted_zh(len(found), name))
+        yield _counting(turn, found)
     if rng.random() < 0.5:
-        yield _turn(rng, "count_all", (), *_counted(len(shapes), "shape", "shapes"))
+        turn = _turn(rng, "count_all", (), *_counted(len(shapes), "shape", "shapes"))
     else:
-        yield _turn(rng, "count_all_zh", (), *_counted_zh(len(shapes), "图形"))
+        turn = _turn(rng, "count_all_zh", (), *_counted_zh(len(shapes), "图形"))
+    yield _counting(turn, cells)
+
+
+def shape_cells(picture: Picture) -> Cells:
+    """The cells of the picture's shapes, in their order."""
+    return tuple((int(i) // 2, int(j) // 2) for i, j in np.argwhere(picture.labels[..., 0]))
 
 
 def _compare(rng: random.Random, first: Picture, second: Picture) -> list[Turn]:
     a, b = len(first.shapes), len(second.shapes)
     more = (_ANSWERS["as many"],) if a == b else (_ANSWERS["more"], "first" if a > b else "second")
     which, n = rng.choice((("first", a), ("second", b)))
-    turns = [
-        _turn(rng, "compare", (), *more),
-        _turn(rng, "compare_count", (which,), *_counted(n, "shape", "shapes")),
-    ]
-    return rng.sample(turns, 2)
+    counted = _turn(rng, "compare_count", (which,), *_counted(n, "shape", "shapes"))
+    picture = ("first", "second").index(which)
+    counted = _counting(counted, shape_cells((first, second)[picture]), picture)
+    return rng.sample([_turn(rng, "compare", (), *more), counted], 2)
+
+
+def _with_looks(turn: Turn, looks: Iterable[Look]) -> Turn:
+    return replace(turn, looks=tuple(looks))
+
+
+def _looking(turn: Turn, cells: Cells) -> Turn:
+    return _with_looks(turn, [Look(turn.telling[0], cells)])
+
+
+def _counting(turn: Turn, cells: Cells, picture: int = 0) -> Turn:
+    """The number tells at its own place and before it, in "is" or "are", in 有 or 没有."""
+    at = (0, 1)
+    for beginning in ("There is ", "There are "):
+        if turn.answer.startswith(beginning):
+            at = (len("There "), len(beginning))
+    return _with_looks(turn, [Look(i, cells, True, picture) for i in at])
+
+
+def _listed_looks(answer: str, words: list[tuple[str, str]], cells: Cells) -> Iterator[Look]:
+    at = 0
+    for pair, cell in zip(words, cells):
+        for word in pair:
+            at = answer.index(word, at)
+            yield Look(at, (cell,))
+
+
+def _glyph_looks(answer: str, picture: Picture) -> Iterator[Look]:
+    cells = tuple((int(i) // 2, int(j) // 2) for i, j in np.argwhere(picture.labels[..., 2]))
+    at = answer.rindex(picture.text)
+    if picture.text.isdigit():  # a token per digit
+        yield from (Look(at + k, (cell,)) for k, cell in enumerate(cells))
+    else:
+        yield Look(at, tuple(dict.fromkeys(cells)))
 
 
 def _counted(n: int, one: str, many: str) -> tuple[str, ...]:
