@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import lazy_inline, nn, ops
 
 from .configuration import TextConfig
 from .parameters import empty_parameter
@@ -152,6 +152,8 @@ class MoE(nn.Cell):
 
 
 class DecoderLayer(nn.Cell):
+    # All layers of a kind are one to the compiler until they are inlined: it parses and infers each kind once.
+    @lazy_inline(attrs=["is_moe"], policy="front")
     def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.is_moe = config.is_moe(layer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import lazy_inline, nn, ops
 from mindspore.ops import operations as P
 
 from .configuration import ModelConfig, VisionConfig
@@ -74,6 +74,7 @@ class VisionMLP(nn.Cell):
 
 
 class VisionBlock(nn.Cell):
+    @lazy_inline(policy="front")
     def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         d = config.hidden_size
