@@ -230,7 +230,8 @@ class Window(nn.Cell):
             # slot > p, with the start added to both sides: one that depends on no input would be folded into a
             # constant of T x S numbers, held by every compiled graph and stored in every exported one.
             hidden = ops.greater(
-                ops.broadcast_to(self.slots + first, shape), ops.broadcast_to((p + first).expand_dims(1), shape)
+                ops.broadcast_to(self.slots + first, shape),
+                ops.broadcast_to((p + first).expand_dims(1), shape),
             )
             masks += (ops.cast(hidden, ms.float32) * MASKED,)  # (T, S), added to the scores
         return positions, masks
