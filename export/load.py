@@ -1,0 +1,192 @@
+"""`MindIRModel`: a bundle that runs, with the same call and the same `generate` as the network."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+
+from ..modeling.binding import CacheBinding
+from ..modeling.cache import RowCache
+from ..modeling.configuration import ModelConfig
+from ..modeling.engine import Arrays, Engine
+from ..modeling.generation import KimiVLGeneration
+from ..modeling.modeling_kimi_vl import mindspore_dtype, run_cell
+from ..modeling.settings import generation_settings
+from . import mindir
+from .bundle import MANIFEST, Bundle, GraphRecord
+from .errors import BundleError
+from .plan import DECODE, PREFILL, PREFILL_LOGITS, VISION
+from .weights import SharedWeights, check_files
+
+
+class MindIRModel(KimiVLGeneration):
+    """A reloaded bundle. Call it (see :meth:`KimiVLForward.forward`) or :meth:`generate`.
+
+    Graphs are loaded when first used. A batch larger than the bundle's runs in groups. Taps and hidden states need a
+    bundle that was exported with them.
+
+    Attributes:
+        bundle: its manifest.
+        config: its KimiVLConfig.
+        dtype: what the weights are rounded to; graphs may hold them wider.
+    """
+
+    def __init__(self, directory: Path, bundle: Bundle, weights: SharedWeights) -> None:
+        from ..modeling.configuration_kimi_vl import KimiVLConfig
+
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = ModelConfig.from_dict(raw)
+        self.bundle = bundle
+        self.config = KimiVLConfig.from_dict(raw)
+        self.dtype = mindspore_dtype(bundle.dtype)
+        self.generation_config = generation_settings(directory, config)
+        self.weights = weights
+        self.engine = Engine(config, BundleGraphs(directory, bundle, weights))
+
+    @classmethod
+    def from_bundle(cls, directory: str | Path, verify: bool = False) -> MindIRModel:
+        """A bundle that ``export-mindir`` wrote, checked against its manifest.
+
+        Sizes, headers, graphs, the configuration and all small tensors are always checked; large tensors are not read
+        yet.
+
+        Args:
+            verify: read and check the large tensors and all other files too.
+
+        Raises:
+            BundleError: it is no bundle, is damaged, or is for another target; the message says which file and how.
+        """
+        path = Path(directory)
+        bundle = Bundle.load(path)
+        device = ms.get_context("device_target")
+        if device.lower() != bundle.target:
+            raise BundleError(
+                f"{path}: is for {bundle.target}, but MindSpore runs on {device}; "
+                f'call mindspore.set_device("{bundle.target.upper()}") first'
+            )
+        check_files(path, bundle, verify)
+        return cls(path, bundle, SharedWeights(path, bundle, verify))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`KimiVLForward.forward`."""
+        return self.forward(*args, **kwargs)
+
+    def array(self, name: str) -> np.ndarray:
+        return self.weights.array(name)
+
+
+class BundleGraphs:
+    """Loads graphs when they are first needed. See `engine.Graphs`."""
+
+    def __init__(self, directory: Path, bundle: Bundle, weights: SharedWeights) -> None:
+        self._directory = directory
+        self._bundle = bundle
+        self._weights = weights
+        self._graphs: dict[str, LoadedGraph] = {}
+        self.contexts: Sequence[int] = bundle.contexts
+        self.patches: Sequence[int] = bundle.patches
+        self.chunk = bundle.prefill_chunk
+
+    def batch(self, rows: int) -> int:
+        return self._bundle.batch
+
+    def vision(self, patches: int, inputs: Arrays, taps: bool) -> list[np.ndarray]:
+        return self._graph(VISION, patches, taps).run(inputs)
+
+    def text(
+        self,
+        tokens: int,
+        context: int,
+        rows: Sequence[RowCache],
+        inputs: Arrays,
+        all_logits: bool,
+        taps: bool,
+    ) -> list[np.ndarray]:
+        kind = DECODE if tokens == 1 else PREFILL_LOGITS if all_logits else PREFILL
+        return self._graph(kind, context, taps).run(inputs, rows)
+
+    def _graph(self, kind: str, size: int, taps: bool) -> LoadedGraph:
+        """The smallest graph of a kind with at least `size` patches or cache slots."""
+        fit = {
+            (g.context or g.patches or 0): name
+            for name, g in self._bundle.graphs.items()
+            if g.kind == kind and g.taps == taps and (g.context or g.patches or 0) >= size
+        }
+        if not fit:
+            raise BundleError(
+                f"{self._directory}: has no {kind} graph of size {size}"
+                + (" with taps; export with --taps for taps and hidden states" if taps else "; export again")
+            )
+        name = fit[min(fit)]
+        if name not in self._graphs:
+            self._graphs[name] = LoadedGraph(self._directory, name, self._bundle, self._weights)
+        return self._graphs[name]
+
+
+class LoadedGraph:
+    """One graph, its weights set from those that all graphs share, its caches whatever rows it runs on.
+
+    Raises:
+        BundleError: the graph and the manifest contradict each other; a parameter that was not set would be arbitrary
+            memory.
+    """
+
+    def __init__(self, directory: Path, name: str, bundle: Bundle, weights: SharedWeights) -> None:
+        self._record: GraphRecord = bundle.graphs[name]
+        self._path = directory / self._record.file
+        self._cell = nn.GraphCell(self._load(bundle))
+        parameters = self._cell.parameters_dict()
+        caches = {port.name: (port.shape, port.dtype) for port in self._record.caches}
+        left = set(caches)
+        for parameter_name, parameter in parameters.items():
+            found = (tuple(parameter.shape), str(parameter.dtype).lower())
+            if parameter_name in caches:
+                left.discard(parameter_name)
+                expected = caches[parameter_name]
+            elif parameter_name in weights:
+                expected = (bundle.weights[parameter_name].shape, bundle.parameter_dtype)
+                parameter.set_data(weights.tensor(parameter_name))
+            else:
+                raise BundleError(f"{self._path}: {parameter_name} has no data in the bundle; export again")
+            if found != expected:
+                raise BundleError(
+                    f"{self._path}: {parameter_name} is {found[1]} {list(found[0])}, {MANIFEST} has "
+                    f"{expected[1]} {list(expected[0])}; export again"
+                )
+        if left:
+            raise BundleError(
+                f"{self._path}: does not take {min(left)}, which {MANIFEST} names; export again"
+            )
+        self._caches = CacheBinding(
+            [parameters[p.name] for p in self._record.caches], self._record.context or 0
+        )
+
+    def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
+        """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""
+        names = (port.name for port in self._record.inputs)
+        if self._record.tokens is None:
+            return run_cell(self._cell, names, inputs)
+        with self._caches.holding(rows, self._record.tokens):
+            return run_cell(self._cell, names, inputs)
+
+    def _load(self, bundle: Bundle) -> Any:
+        """MindSpore's graph, without any data of its own: `ms.load` would read a copy of the weights for each graph."""
+        if not self._record.external_data:
+            return ms.load(str(self._path))
+        model = mindir.read(self._path)
+        for name, place in mindir.pointing(model).items():
+            weight = bundle.weights.get(name)
+            if weight is None or place != (weight.file, weight.offset, weight.nbytes):
+                raise BundleError(f"{self._path}: {name} is not where {MANIFEST} says; export again")
+        mindir.point_at(model, {})
+        with tempfile.TemporaryDirectory() as temporary:
+            bare = Path(temporary) / self._path.name
+            bare.write_bytes(mindir.serialise(model))
+            return ms.load(str(bare))

@@ -1,0 +1,143 @@
+"""MindIR protos: a form that does not depend on the process that traced them, and parameters whose data is outside.
+
+What a trace leaves in a proto that differs between two processes: the compile phase with its time and address, value
+and graph names with counters of everything compiled before, the order and numbers of primitives, and scopes. All of
+it is for debugging; `normalise` gives every value and primitive a number in order of appearance and drops the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mindspore.train import mind_ir_pb2 as pb
+
+from .errors import BundleError, ExportError
+
+REFERENCE = "REF::"  # a node's op_type: this and the primitive's name
+Place = tuple[str, int, int]
+"""File name, offset from the file's start, length in bytes."""
+
+_DTYPES = {
+    pb.TensorProto.FLOAT: "float32",
+    pb.TensorProto.FLOAT16: "float16",
+    pb.TensorProto.BFLOAT16: "bfloat16",
+    pb.TensorProto.INT32: "int32",
+}
+
+
+def read(path: Path) -> Any:
+    """The ModelProto of a file. Raises BundleError: it is none."""
+    model = pb.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except (
+        Exception
+    ) as e:  # DecodeError lives in a module of the protobuf package that its versions name differently
+        raise BundleError(f"{path}: is no MindIR ({e}); export again") from None
+    return model
+
+
+def plain(name: str) -> str:
+    """The name of an input or parameter without the prefix of the graph that it belongs to."""
+    return name.partition(":")[2]
+
+
+def parameters(model: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a graph's parameters, weights and caches.
+
+    Raises:
+        ExportError: two parameters have one name.
+    """
+    found = {plain(p.name): (tuple(p.dims), _DTYPES[p.data_type]) for p in model.graph.parameter}
+    if len(found) != len(model.graph.parameter):
+        raise ExportError("the traced graph has two parameters of one name")
+    return found
+
+
+def inputs(model: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a graph's inputs, in order."""
+    return {
+        plain(i.name): (tuple(i.tensor[0].dims), _DTYPES[i.tensor[0].data_type]) for i in model.graph.input
+    }
+
+
+def point_at(model: Any, places: Mapping[str, Place]) -> None:
+    """Let parameters find their data in files beside the graph; those that `places` leaves out have none."""
+    for parameter in model.graph.parameter:
+        place = places.get(plain(parameter.name))
+        parameter.ClearField("raw_data")
+        if place is None:
+            parameter.ClearField("external_data")
+        else:
+            data = parameter.external_data
+            data.location, data.offset, data.length = place
+
+
+def pointing(model: Any) -> dict[str, Place]:
+    """Where a graph's parameters find their data: the inverse of :func:`point_at`."""
+    return {
+        plain(p.name): (p.external_data.location, p.external_data.offset, p.external_data.length)
+        for p in model.graph.parameter
+        if p.HasField("external_data")
+    }
+
+
+def serialise(model: Any) -> bytes:
+    return model.SerializeToString(deterministic=True)
+
+
+def normalise(model: Any) -> None:
+    """Replace what differs between two traces of one network; the graph computes the same.
+
+    Parameters and inputs keep their names after the colon.
+
+    Raises:
+        ExportError: the graph has sub-graphs, which only control flow that depends on data makes.
+    """
+    if model.functions:
+        raise ExportError(f"the traced graph is not static: it calls {len(model.functions)} sub-graphs")
+    graph = model.graph
+    values: dict[str, str] = {}
+    for value in [*graph.input, *graph.parameter]:
+        values[value.name] = f"graph:{plain(value.name)}"
+    outputs = (o for node in graph.node for o in node.output)
+    values |= {name: f"graph:{i}" for i, name in enumerate(outputs)}
+    for value in [*graph.input, *graph.parameter, *graph.output]:
+        value.name = values[value.name]
+    primitives = _number_primitives(model)
+    for node in graph.node:
+        node.input[:] = [values[name] for name in node.input]
+        node.output[:] = [values[name] for name in node.output]
+        node.name = node.output[0]
+        node.ClearField("domain")
+        if node.op_type.startswith(REFERENCE):
+            node.op_type = REFERENCE + primitives[node.op_type.removeprefix(REFERENCE)]
+    graph.name = "graph"
+    _keep(graph.attribute, (a for a in graph.attribute if a.name != "compile_phase"))
+
+
+def _number_primitives(model: Any) -> dict[str, str]:
+    """Give the primitives new names, put them in the order of their use, and return old name -> new name."""
+    by_name = {p.name: p for p in model.primitives}
+    used: dict[str, str] = {}
+    for node in model.graph.node:
+        old = node.op_type.removeprefix(REFERENCE)
+        if node.op_type.startswith(REFERENCE) and old not in used:
+            if old not in by_name:
+                raise ExportError(f"the traced graph calls {old}, which is no primitive")
+            used[old] = f"{by_name[old].op_type}:{len(used)}"
+    for old, new in used.items():
+        primitive = by_name[old]
+        primitive.name, primitive.instance_name = new, ""
+        _keep(primitive.attribute, primitive.attribute)
+    _keep(model.primitives, (by_name[old] for old in used), ordered=True)
+    return used
+
+
+def _keep(field: Any, messages: Iterable[Any], ordered: bool = False) -> None:
+    """Make a repeated field hold these messages, by name unless they are in order already."""
+    kept = [type(m).FromString(m.SerializeToString()) for m in messages]
+    del field[:]
+    field.extend(kept if ordered else sorted(kept, key=lambda m: m.name))

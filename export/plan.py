@@ -1,0 +1,334 @@
+"""What an export would write, as a value: every graph with the shapes of its inputs and outputs, and what stands beside.
+
+Made from headers alone and without MindSpore, so ``--dry-run`` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.converted import ConvertedWeights
+from ..convert.planning import DTYPE_NAMES, size_text
+from ..convert.source import open_source
+from ..convert.transforms import DTYPES
+from ..convert.weights import Source
+from ..modeling.buckets import contexts, largest_image, patch_buckets
+from ..modeling.configuration import ModelConfig
+from ..modeling.settings import in_token_limit
+from ..modeling.shapes import Ports, text_inputs, text_outputs, vision_inputs, vision_outputs
+from .errors import ExportError
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_PREFILL_CHUNK = 256
+
+VISION, PREFILL, PREFILL_LOGITS, DECODE = "vision", "prefill", "prefill-logits", "decode"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who runs a bundle: which module of ``modeling.kernels`` it is traced with, and what its graphs compute in."""
+
+    name: str
+    kernels: str
+    dtype: str
+
+    def parameter_dtype(self, stored: str) -> str:
+        """What the parameter of a stored tensor is in the graphs."""
+        return self.dtype
+
+
+TARGETS = {"cpu": Target("cpu", kernels="plain", dtype="float32")}
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One static graph. `tokens` and `context` are None for vision graphs, `patches` for the others."""
+
+    kind: str
+    patches: int | None
+    tokens: int | None
+    context: int | None
+    taps: bool
+    inputs: Ports
+    outputs: Ports
+    caches: Ports
+
+    @property
+    def name(self) -> str:
+        size = f"{self.patches or self.context}"
+        if self.kind in (PREFILL, PREFILL_LOGITS):
+            size = f"{self.tokens}x{self.context}"
+        return f"{self.kind}-{size}" + ("-taps" if self.taps else "")
+
+    @property
+    def all_logits(self) -> bool:
+        return self.kind != PREFILL
+
+
+@dataclass(frozen=True)
+class BundlePlan:
+    """See the module. `notes` are what the user should know about the sizes that were chosen."""
+
+    weights: ConvertedWeights
+    target: Target
+    dtype: str
+    batch: int
+    contexts: tuple[int, ...]
+    prefill_chunk: int
+    patches: tuple[int, ...]
+    taps: bool
+    graphs: tuple[GraphPlan, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+    @property
+    def shards(self) -> dict[str, int]:
+        """Files with weights, and their bytes."""
+        return {name: record.nbytes for name, record in self.weights.manifest.shards.items()}
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Configuration, tokenizer and processor files."""
+        return tuple(self.weights.manifest.files)
+
+    @property
+    def widened(self) -> bool:
+        """Whether the loader has to convert weights into what the graphs take."""
+        return not all(self.as_stored(name) for name in self.weights.names())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights in memory, in the graphs' dtype."""
+        return sum(
+            math.prod(shape) * DTYPES[self.target.parameter_dtype(dtype)].itemsize
+            for shape, dtype in map(self.weights.spec, self.weights.names())
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache of a batch of the largest context."""
+        text = self.config.text
+        row = text.num_hidden_layers * self.contexts[-1] * text.latent_dim
+        return self.batch * row * DTYPES[self.target.dtype].itemsize
+
+    def as_stored(self, name: str) -> bool:
+        """Whether a parameter has the bytes that the weights file has."""
+        stored = self.weights.spec(name)[1]
+        return stored == self.target.parameter_dtype(stored)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": str(self.weights.directory),
+            "target": self.target.name,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "contexts": self.contexts,
+            "prefill_chunk": self.prefill_chunk,
+            "patches": self.patches,
+            "taps": self.taps,
+            "graphs": {
+                g.name: {
+                    side: {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in ports.items()}
+                    for side, ports in (("inputs", g.inputs), ("outputs", g.outputs), ("caches", g.caches))
+                }
+                for g in self.graphs
+            },
+            "shards": self.shards,
+            "copied": self.copied,
+            "weight_bytes": self.weight_bytes,
+            "cache_bytes": self.cache_bytes,
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        lines = [_line("graphs", f"{len(self.graphs)}, batch {self.batch}, computing in {self.target.dtype}")]
+        lines += [_line("", f"{g.name:24} {_ports(g.inputs)} -> {_ports(g.outputs)}") for g in self.graphs]
+        lines += [_line("link", f"{name}  {size_text(n)}") for name, n in self.shards.items()]
+        lines.append(_line("copy", ", ".join(self.copied)))
+        held = "widened from " + self.weights.dtype if self.widened else "mapped as they are stored"
+        lines.append(
+            _line(
+                "to run",
+                f"{size_text(self.weight_bytes)} of weights ({held}), {size_text(self.cache_bytes)} of cache",
+            )
+        )
+        return "\n".join(lines + [_line("note", note) for note in self.notes])
+
+
+def open_converted(src: str | Path) -> ConvertedWeights:
+    """A converted directory, its headers checked.
+
+    Raises:
+        ExportError: `src` is something else; the message has the command to run first.
+        ConversionError, ConfigError: it is damaged.
+    """
+    path = Path(src)
+    if (path / "bundle.json").is_file():
+        raise ExportError(f"{src}: is a bundle already; give the converted directory that it was made of")
+    if path.is_dir():
+        weights = open_source(Source(path, path.resolve().name))
+        if isinstance(weights, ConvertedWeights):
+            return weights
+    elif path.exists():
+        raise ExportError(f"{src}: is a file, expected a converted directory")
+    elif src != "nano" and str(src).count("/") != 1:
+        raise ExportError(f"{src}: there is no such directory; convert-weights makes it")
+    raise ExportError(
+        f"{src}: is not a converted directory; run `convert-weights --src {src} --dst ./ckpt` first, "
+        "then export with --src ./ckpt"
+    )
+
+
+def plan_export(
+    weights: ConvertedWeights,
+    seq: Sequence[int] = (),
+    target: str = "cpu",
+    batch: int = 1,
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    image_patches: Sequence[int] = (),
+    dtype: str | None = None,
+    taps: bool = False,
+) -> BundlePlan:
+    """The graphs of a bundle.
+
+    For every context (see `contexts`) there is a decode graph and, if a chunk fits, a prefill graph that gives the
+    last token's logits. Logits of all tokens, which only forward and verification ask for, come from one prefill
+    graph of the largest context. There is a vision graph per number of patches. With `taps` there is a second one,
+    with more outputs, of each graph that forward uses.
+
+    Args:
+        seq: contexts that must be there; those up to the largest are added in steps of 2. Default: 4096, or what the
+            model has positions for.
+        batch: rows of every text graph.
+        prefill_chunk: tokens per row of a prefill graph; a longer prompt runs in several.
+        image_patches: patches of the vision graphs. Default: up to the processor's largest picture, as far as the
+            context holds it.
+        dtype: "bf16", "fp16" or "fp32"; what the weights are stored in, or fp32 for weights that are widened anyway.
+
+    Raises:
+        ExportError: sizes that the model or each other do not allow.
+    """
+    config = weights.config
+    positions = config.text.max_position_embeddings
+    asked = tuple(seq) or (min(DEFAULT_CONTEXT, positions),)
+    for n in asked:
+        if not 2 <= n <= positions:
+            raise ExportError(f"--seq: {n}, expected 2 to max_position_embeddings ({positions})")
+    if batch < 1:
+        raise ExportError(f"--batch: {batch}, expected a positive number")
+    if prefill_chunk < 2:
+        raise ExportError(
+            f"--prefill-chunk: {prefill_chunk}, expected at least 2; decode graphs take one token"
+        )
+    sizes = tuple(sorted({*contexts(max(asked)), *asked}))
+    chunk = min(prefill_chunk, sizes[-1])
+    patches, notes = _patches(weights, sizes[-1], image_patches)
+    to = TARGETS[target]
+    shared = (config, to, batch)
+    graphs = [_vision(config, to, n, tapped) for n in patches for tapped in (False, True)[: 1 + taps]]
+    for context in sizes:
+        if context >= chunk:
+            graphs.append(_text(*shared, PREFILL, chunk, context))
+    for tapped in (False, True)[: 1 + taps]:
+        graphs.append(_text(*shared, PREFILL_LOGITS, chunk, sizes[-1], tapped))
+        graphs += [_text(*shared, DECODE, 1, context, tapped) for context in sizes]
+    return BundlePlan(
+        weights=weights,
+        target=to,
+        dtype=_dtype(weights, to, dtype),
+        batch=batch,
+        contexts=sizes,
+        prefill_chunk=chunk,
+        patches=patches,
+        taps=taps,
+        graphs=tuple(graphs),
+        notes=tuple(notes),
+    )
+
+
+def _dtype(weights: ConvertedWeights, target: Target, asked: str | None) -> str:
+    """What the model's dtype is; weights are never written again, so it is the stored one or a wider one."""
+    name = weights.dtype if asked is None else DTYPE_NAMES.get(asked, asked)
+    if name not in (weights.dtype, target.dtype):
+        raise ExportError(
+            f"--dtype: {asked}, but {weights.directory} holds {weights.dtype}; convert the checkpoint with "
+            f"--dtype {asked} and export that"
+        )
+    return name
+
+
+def _patches(
+    weights: ConvertedWeights, context: int, asked: Sequence[int]
+) -> tuple[tuple[int, ...], list[str]]:
+    merge = math.prod(weights.config.vision.merge_kernel_size)
+    wanted = largest_image(in_token_limit(weights.directory))
+    if asked:
+        for n in asked:
+            if n < merge or n % merge:
+                raise ExportError(f"--image-patches: {n}, expected a positive multiple of {merge}")
+        sizes = tuple(sorted(set(asked)))
+    else:
+        sizes = tuple(patch_buckets(min(wanted, context * merge)))
+    notes = []
+    if sizes[-1] < wanted:
+        notes.append(
+            f"pictures of more than {sizes[-1]} patches ({sizes[-1] // merge} tokens) are refused; "
+            f"the processor gives up to {wanted} ({wanted // merge} tokens)"
+        )
+    return sizes, notes
+
+
+def _vision(config: ModelConfig, target: Target, patches: int, taps: bool) -> GraphPlan:
+    return GraphPlan(
+        kind=VISION,
+        patches=patches,
+        tokens=None,
+        context=None,
+        taps=taps,
+        inputs=_typed(vision_inputs(config, patches), target),
+        outputs=_typed(vision_outputs(config, patches, taps), target),
+        caches={},
+    )
+
+
+def _text(
+    config: ModelConfig, target: Target, batch: int, kind: str, tokens: int, context: int, taps: bool = False
+) -> GraphPlan:
+    all_logits = kind != PREFILL
+    text = config.text
+    return GraphPlan(
+        kind=kind,
+        patches=None,
+        tokens=tokens,
+        context=context,
+        taps=taps,
+        inputs=_typed(text_inputs(config, batch, tokens, all_logits), target),
+        outputs=_typed(text_outputs(config, batch, tokens, all_logits, taps), target),
+        caches={
+            f"cache.{layer}.{row}": ((context, text.latent_dim), target.dtype)
+            for layer in range(text.num_hidden_layers)
+            for row in range(batch)
+        },
+    )
+
+
+def _typed(ports: Ports, target: Target) -> Ports:
+    return {
+        name: (shape, target.dtype if dtype == "float" else dtype) for name, (shape, dtype) in ports.items()
+    }
+
+
+def _ports(ports: Ports) -> str:
+    return ", ".join(f"{name}{list(shape)}" for name, (shape, _) in ports.items())
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<10} {text}"

@@ -1,0 +1,81 @@
+"""The network's graphs as MindIR, traced from parameters that own no memory."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import mindspore as ms
+from mindspore import nn
+from mindspore.common.api import _cell_graph_executor as executor
+from mindspore.train import mind_ir_pb2 as pb
+
+from ..modeling.configuration import ModelConfig
+from ..modeling.graphs import LastLogitsGraph, TextGraph, VisionGraph
+from ..modeling.kernels import get_kernels
+from ..modeling.language import LanguageModel
+from ..modeling.shapes import Ports
+from ..modeling.vision import MoonViT, Projector
+from . import mindir
+from .errors import ExportError
+from .plan import VISION, GraphPlan, Target
+
+_DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
+
+
+class Tracer:
+    """Builds the network once, without weights, and traces its graphs one by one."""
+
+    def __init__(self, config: ModelConfig, target: Target, batch: int) -> None:
+        self.config = config
+        self.batch = batch
+        self.dtype = _DTYPES[target.dtype]
+        self.kernels = get_kernels(target.kernels)
+        self.vision_tower = MoonViT(self.kernels, self.dtype, config.vision)
+        self.projector = Projector(self.kernels, self.dtype, config)
+        self.language_model = LanguageModel(self.kernels, self.dtype, config.text)
+
+    def cell(self, graph: GraphPlan) -> nn.Cell:
+        """The cell that `graph` is the plan of."""
+        if graph.kind == VISION:
+            return VisionGraph(self.vision_tower, self.projector, self.config, graph.taps)
+        assert graph.tokens and graph.context, "a text graph has both"
+        build = TextGraph if graph.all_logits else LastLogitsGraph
+        return build(
+            self.language_model,
+            self.kernels,
+            self.config,
+            self.batch,
+            graph.tokens,
+            graph.context,
+            self.dtype,
+            graph.taps,
+        )
+
+    def trace(self, graph: GraphPlan) -> Any:
+        """The normalised ModelProto of a graph; its parameters have no data.
+
+        Raises:
+            ExportError: the traced graph is not what the plan says.
+        """
+        model = _trace(self.cell(graph), graph.inputs)
+        mindir.normalise(model)
+        found = mindir.inputs(model)
+        if list(found.items()) != list(graph.inputs.items()):
+            raise ExportError(f"{graph.name}: the traced graph takes {found}, expected {graph.inputs}")
+        caches = {n: spec for n, spec in mindir.parameters(model).items() if n in graph.caches}
+        if caches != graph.caches:
+            raise ExportError(f"{graph.name}: the traced graph has caches {caches}, expected {graph.caches}")
+        return model
+
+
+def _trace(cell: nn.Cell, inputs: Ports) -> Any:
+    """Compile for export and describe as a proto; no parameter's data is read."""
+    cell.set_train(False)
+    # Without the meta device MindSpore 2.10 allocates the inputs; before 2.10 there is none and nothing is allocated.
+    with ms.DeviceCtx("meta") if hasattr(ms, "DeviceCtx") else nullcontext():
+        tensors = [ms.Tensor(shape=shape, dtype=_DTYPES[dtype]) for shape, dtype in inputs.values()]
+    phase, _ = executor.compile(cell, *tensors, phase="export.mindir", do_convert=False)
+    model = pb.ModelProto()
+    model.ParseFromString(executor._get_func_graph_proto(cell, phase, "mind_ir", incremental=False))
+    return model

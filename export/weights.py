@@ -1,0 +1,132 @@
+"""A bundle's weights: checked before they are used, held once for all graphs.
+
+MindSpore checks neither length nor content of external data: it takes a flipped bit, another model's file, or a
+parameter without data, and computes something. So everything here is held against the manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+
+from ..convert.errors import ConversionError
+from ..convert.manifest import content_hash
+from ..convert.safetensors_file import SafetensorsFile
+from ..convert.transforms import DTYPES
+from .bundle import MANIFEST, Bundle
+from .errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+SMALL = (
+    1 << 16
+)  # bytes of a tensor whose content is always checked: norms, biases; a few ms for the largest model
+
+
+def check_files(directory: Path, bundle: Bundle, verify: bool) -> None:
+    """Graphs and the configuration are what the manifest says; with `verify` all small files.
+
+    Raises:
+        BundleError: one is not, or is a link to a place outside the bundle.
+    """
+    records = {g.file: (g.nbytes, g.hash) for g in bundle.graphs.values()}
+    records |= {n: (r.nbytes, r.hash) for n, r in bundle.files.items() if verify or n == "config.json"}
+    for name, (nbytes, hash_) in records.items():
+        content = _inside(directory, name).read_bytes()
+        if len(content) != nbytes:
+            raise BundleError(
+                f"{directory / name}: has {len(content)} bytes, {MANIFEST} has {nbytes}; export again"
+            )
+        if content_hash(content) != hash_:
+            raise BundleError(f"{directory / name}: is not the file that was written; export again")
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a file of a bundle."""
+    path = directory / name
+    if not path.is_file():
+        raise BundleError(f"{path}: is missing; export again")
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise BundleError(
+            f"{path}: is a link to {path.resolve()}, outside the bundle; put the file itself there"
+        )
+    return path
+
+
+class SharedWeights:
+    """The tensors that all graphs of a bundle take their parameters from.
+
+    What is stored as the graphs take it is a view of the memory-mapped file, its pages read when a graph first touches
+    them and shared with every other process; what is not is widened once, when a graph first takes it.
+
+    Raises:
+        BundleError: a file is missing, truncated, another model's, or not what the manifest describes.
+    """
+
+    def __init__(self, directory: Path, bundle: Bundle, verify: bool = False) -> None:
+        self._directory = directory
+        self._records = bundle.weights
+        self._dtype = DTYPES[bundle.parameter_dtype]
+        self._shards = {name: self._open(name, bundle) for name in bundle.shards}
+        self._tensors: dict[str, ms.Tensor] = {}
+        for name, record in self._records.items():
+            info = self._shards[record.file].tensors.get(name)
+            if info is None or (info.shape, info.dtype.name, info.offset) != (
+                record.shape,
+                record.dtype,
+                record.offset,
+            ):
+                raise BundleError(
+                    f"{directory / record.file}: {name} is not where {MANIFEST} says; export again"
+                )
+            if verify or record.nbytes <= SMALL:
+                self._check_content(name)
+        if any(record.dtype != bundle.parameter_dtype for record in self._records.values()):
+            logger.info(
+                "weights in %s are widened to %s: this target cannot multiply them well",
+                bundle.dtype,
+                self._dtype,
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor in the graphs' dtype, without MindSpore's hold on it. Raises KeyError."""
+        return self._stored(name).astype(self._dtype, copy=False)
+
+    def tensor(self, name: str) -> ms.Tensor:
+        """A tensor in the graphs' dtype, the same one every time. Raises KeyError."""
+        if name not in self._tensors:
+            self._tensors[name] = ms.Tensor.from_numpy(self.array(name))
+        return self._tensors[name]
+
+    def _stored(self, name: str) -> np.ndarray:
+        return self._shards[self._records[name].file].array(name)
+
+    def _open(self, name: str, bundle: Bundle) -> SafetensorsFile:
+        record = bundle.shards[name]
+        path = _inside(self._directory, name)
+        nbytes = path.stat().st_size
+        if nbytes != record.nbytes:
+            raise BundleError(f"{path}: has {nbytes} bytes, {MANIFEST} has {record.nbytes}; export again")
+        try:
+            shard = SafetensorsFile(path)
+        except ConversionError as e:
+            raise BundleError(f"{path}: is damaged ({e}); export again") from None
+        if content_hash(shard.head) != record.header_hash:
+            raise BundleError(
+                f"{path}: is another model's, or damaged: its header is not the one that was written"
+            )
+        return shard
+
+    def _check_content(self, name: str) -> None:
+        record = self._records[name]
+        if content_hash(self._stored(name).reshape(-1).view(np.uint8)) != record.hash:
+            raise BundleError(
+                f"{self._directory / record.file}: {name} is damaged or another model's, its content is not what was "
+                "written; convert and export again"
+            )

@@ -1,0 +1,225 @@
+"""Writing a bundle: graphs are traced one by one, weights are linked, and the directory appears when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..convert.errors import EnvironmentProblem
+from ..convert.manifest import content_hash
+from ..modeling.shapes import Ports
+from .bundle import MANIFEST, Bundle, GraphRecord, Port, WeightRecord
+from .errors import BundleError, ExportError
+from .plan import BundlePlan, GraphPlan
+
+Progress = Callable[[str], object]
+"""Called with a graph's name before it is traced."""
+
+
+def check_target(dst: str | Path) -> bool:
+    """Whether a bundle that is there would be replaced.
+
+    Raises:
+        ExportError: `dst` is something that must not be replaced.
+    """
+    path = Path(dst)
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise ExportError(f"{dst}: is a file, expected a directory to write to")
+    if not any(path.iterdir()):
+        return False
+    try:
+        Bundle.load(path)
+    except BundleError:
+        if not (path / MANIFEST).is_file():
+            raise ExportError(
+                f"{dst}: is not empty and no bundle; choose a new or an empty directory, or an older bundle"
+            ) from None
+        raise ExportError(
+            f"{dst}: holds a damaged bundle, or a newer one; remove it or choose another directory"
+        ) from None
+    return True
+
+
+@dataclass(frozen=True)
+class Written:
+    """What :func:`export` did. `copied` are the shards that could not be linked, `nbytes` what the bundle added to the disk."""
+
+    bundle: Bundle
+    copied: tuple[str, ...]
+    nbytes: int
+
+
+def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) -> Written:
+    """Writes the bundle that `plan` describes as directory `dst`, which must be new, empty, or an older bundle.
+
+    Weights are not read: shards are hard links to those of the converted directory, or copies on another file system.
+
+    Raises:
+        ExportError: `dst` cannot be used, or the network and the weights do not belong together.
+        EnvironmentProblem, OSError: no room, a failing disk.
+    """
+    target = Path(dst).resolve()
+    check_target(target)
+    source = plan.weights
+    source.verify_files()
+    with _appearing(target) as directory:
+        graphs, mind_ir = _write_graphs(plan, directory, progress)
+        copied = tuple(name for name in plan.shards if _link(source.directory / name, directory / name))
+        for name in plan.copied:
+            shutil.copyfile(source.directory / name, directory / name)
+        bundle = _manifest(plan, graphs, mind_ir)
+        (directory / MANIFEST).write_text(bundle.to_json(), encoding="utf-8")
+        added = sum(
+            f.stat().st_size for f in directory.iterdir() if f.name in copied or f.name not in plan.shards
+        )
+    return Written(bundle, copied, added)
+
+
+def _write_graphs(
+    plan: BundlePlan, directory: Path, progress: Progress | None
+) -> tuple[dict[str, GraphRecord], int]:
+    """Traces and writes every graph; their records, and the version of the MindIR format."""
+    from . import mindir
+    from .trace import Tracer
+
+    tracer = Tracer(plan.config, plan.target, plan.batch)
+    unused = set(plan.weights.names())
+    records, version = {}, 0
+    for graph in plan.graphs:
+        if progress:
+            progress(graph.name)
+        model = tracer.trace(graph)
+        version = model.mind_ir_version
+        names = _check_parameters(plan, graph, mindir.parameters(model))
+        unused -= names
+        # All or none: a graph that finds only some of its data would run on arbitrary memory for the rest.
+        external = all(map(plan.as_stored, names))
+        mindir.point_at(model, {name: plan.weights.location(name) for name in names} if external else {})
+        content = mindir.serialise(model)
+        file = f"{graph.name}.mindir"
+        (directory / file).write_bytes(content)
+        records[graph.name] = GraphRecord(
+            file=file,
+            nbytes=len(content),
+            hash=content_hash(content),
+            kind=graph.kind,
+            patches=graph.patches,
+            tokens=graph.tokens,
+            context=graph.context,
+            taps=graph.taps,
+            inputs=_ports(graph.inputs),
+            outputs=_ports(graph.outputs),
+            caches=_ports(graph.caches),
+            external_data=external,
+        )
+    if unused:
+        raise ExportError(f"{min(unused)}: is in {plan.weights.directory}, but no graph uses it")
+    return records, version
+
+
+def _check_parameters(plan: BundlePlan, graph: GraphPlan, found: Ports) -> set[str]:
+    """The weights among a graph's parameters; each one must be stored in the shape and a dtype that it can have."""
+    stored = set(plan.weights.names())
+    weights = set(found) - set(graph.caches)
+    for name in sorted(weights):
+        if name not in stored:
+            raise ExportError(f"{name}: {graph.name} needs it, but {plan.weights.directory} does not have it")
+        shape, dtype = plan.weights.spec(name)
+        if found[name] != (shape, plan.target.parameter_dtype(dtype)):
+            raise ExportError(
+                f"{name}: {graph.name} takes {found[name]}, but it is stored as {dtype} {list(shape)}"
+            )
+    return weights
+
+
+def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], mind_ir: int) -> Bundle:
+    import mindspore
+
+    source = plan.weights
+    return Bundle(
+        version=__version__,
+        mindspore=mindspore.__version__,
+        mind_ir=mind_ir,
+        target=plan.target.name,
+        dtype=plan.dtype,
+        parameter_dtype=plan.target.dtype,
+        batch=plan.batch,
+        contexts=plan.contexts,
+        prefill_chunk=plan.prefill_chunk,
+        patches=plan.patches,
+        taps=plan.taps,
+        graphs=graphs,
+        weights={
+            name: WeightRecord(*source.location(name), *source.spec(name), source.hash(name))
+            for name in source.names()
+        },
+        shards=dict(source.manifest.shards),
+        files=dict(source.manifest.files),
+    )
+
+
+def _ports(ports: Ports) -> tuple[Port, ...]:
+    return tuple(Port(name, shape, dtype) for name, (shape, dtype) in ports.items())
+
+
+def _link(source: Path, target: Path) -> bool:
+    """A hard link, or a copy where the file system has none between the two places; True if it is a copy.
+
+    Never a symbolic link: a bundle stays whole when the converted directory is removed.
+    """
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:
+        size, free = source.stat().st_size, shutil.disk_usage(target.parent).free
+        if size > free:
+            raise EnvironmentProblem(
+                f"{source}: cannot be linked from {target.parent.parent}, and to copy it {size / 1e9:.2f} GB are needed "
+                f"there but {free / 1e9:.2f} GB are free; choose a --dst on the file system of --src"
+            ) from None
+        shutil.copyfile(source, target)
+        return True
+    return False
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A directory that takes its place as `target` at the end, and is removed if anything fails before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _replace(target, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace(target: Path, new: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(aside / "bundle")
+    try:
+        new.rename(target)
+    except BaseException:
+        (aside / "bundle").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
