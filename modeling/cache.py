@@ -12,12 +12,14 @@ import numpy as np
 class RowCache:
     """One sequence's cache: a buffer [context, width] per layer, and how many slots hold tokens.
 
-    Buffers are zero pages that the system provides when they are first written.
+    Buffers are zero pages that the system provides when they are first written. `writer` is what extended it last, see
+    ``binding``.
     """
 
     def __init__(self, layers: int, context: int, width: int) -> None:
         self.buffers = [np.zeros((context, width), np.float32) for _ in range(layers)]
         self.length = 0
+        self.writer: object = None
 
 
 class LatentCache:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from mindspore import nn
 
+from .binding import CacheBinding
 from .buckets import contexts, largest_image, patch_buckets
 from .cache import RowCache
 from .configuration import ConfigError, ModelConfig
@@ -58,7 +59,7 @@ class NativeGraphs:
     ) -> None:
         self._model = model
         self._cells: dict[tuple, nn.Cell] = {}
-        self._bound: dict[tuple, tuple[RowCache, ...]] = {}
+        self._caches: dict[tuple, CacheBinding] = {}
         self.contexts: Sequence[int] = contexts(max_context)
         self.patches: Sequence[int] = patch_buckets(patches)
         self.chunk = min(chunk, max_context)
@@ -99,18 +100,10 @@ class NativeGraphs:
                 m.language_model, m.kernels, m.model_config, batch, tokens, context, ms.float32, taps
             ),
         )
-        bound = tuple(rows)
-        if self._bound.get(key) != bound:
-            bind_caches(cell.caches, rows, context)
-            self._bound[key] = bound
-        return run_cell(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
-
-
-def bind_caches(parameters: Sequence[ms.Parameter], rows: Sequence[RowCache], context: int) -> None:
-    """Make a graph's cache parameters prefixes of these rows' buffers (layer by layer, then row by row)."""
-    for i, parameter in enumerate(parameters):
-        buffer = rows[i % len(rows)].buffers[i // len(rows)]
-        parameter.set_data(ms.Tensor.from_numpy(buffer[:context]))
+        if key not in self._caches:
+            self._caches[key] = CacheBinding(cell.caches, context)
+        with self._caches[key].holding(rows, tokens):
+            return run_cell(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
 
 
 def run_cell(cell: nn.Cell, names: Iterable[str], inputs: Arrays) -> list[np.ndarray]:
