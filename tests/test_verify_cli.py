@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from golden import DATA
 from parity import OracleCandidate
 
+from kimi_vl.convert.cli import cli as convert
+from kimi_vl.export.cli import cli as export
 from kimi_vl.verify import candidates
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.oracle import build_oracle
@@ -60,6 +62,62 @@ def test_the_network_passes(tmp_path):
     }
     assert run["candidate"]["runs_on"].endswith("on CPU") and run["environment"]["mindspore"]
     assert run["reference"]["stored"] == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A small bundle with taps, made by the commands."""
+    at = tmp_path_factory.mktemp("bundle")
+    for main, arguments in (
+        (convert, ["--src", TINY, "--dst", at / "ckpt"]),
+        (
+            export,
+            ["--src", at / "ckpt", "--dst", at / "mindir", "--seq", 128, "--prefill-chunk", 32]
+            + ["--image-patches", 64, "--taps"],
+        ),
+    ):
+        done = CliRunner().invoke(main, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+    return at / "mindir"
+
+
+def test_a_bundle_passes(bundle, tmp_path):
+    """Reloaded MindIR against Torch; a picture and single steps, the prompt in two chunks."""
+    arguments = ("--reference", TINY, "--candidate", bundle, "--report", tmp_path)
+    result = invoke(*arguments, "--cases", "image", "--cases", "steps", "--cases", "edge")
+    assert result.exit_code == 0, result.output
+    assert "Reloaded CPU MindIR: MindSpore" in result.stdout
+    assert "MindSpore graphs: did not run" in result.stdout
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert [case["missing"] for case in run["cases"]] == [[], [], []]
+    assert all(case["taps"]["tapped_logits"]["max_abs"] == 0 for case in run["cases"])
+    assert run["candidate"]["kind"] == "bundle" and "bundle.json" in run["candidate"]["files"]
+
+
+def test_a_bundle_without_taps_passes_and_says_what_was_not_judged(bundle, tmp_path):
+    plain = tmp_path / "mindir"
+    shutil.copytree(bundle, plain)
+    manifest = json.loads((plain / "bundle.json").read_text())
+    manifest["graphs"] = {name: graph for name, graph in manifest["graphs"].items() if not graph["taps"]}
+    manifest["taps"] = False
+    (plain / "bundle.json").write_text(json.dumps(manifest))
+    report = tmp_path / "r"
+    result = invoke("--reference", TINY, "--candidate", plain, "--report", report, "--cases", "image")
+    assert result.exit_code == 0, result.output
+    assert "not judged: vision tower, input embeddings, hidden states" in result.stdout
+    taps = json.loads((report / "run.json").read_text())["cases"][0]["taps"]
+    assert {"projector_out", "logits", "greedy"} <= set(taps) and "layers.0" not in taps
+
+
+def test_a_bundle_with_a_changed_byte_is_refused_before_it_runs(bundle, tmp_path):
+    broken = tmp_path / "mindir"
+    shutil.copytree(bundle, broken)
+    shard = next(broken.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    result = invoke("--reference", TINY, "--candidate", broken, "--report", tmp_path / "r")
+    assert result.exit_code == 2 and shard.name in result.stderr.splitlines()[-1]
 
 
 def test_all_is_well(candidate_is, tmp_path):
@@ -216,6 +274,15 @@ def test_a_report_that_cannot_be_written_ends_with_3_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path / "file" / "r")
     assert result.exit_code == 3 and "file" in result.stderr and "loading" not in result.stderr
+
+
+def test_an_interrupt_is_no_failed_parity(monkeypatch, tmp_path):
+    def stop(found):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(candidates, "open_candidate", stop)
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "text")
+    assert result.exit_code == 130 and "interrupted" in result.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_too_little_memory_ends_with_3(monkeypatch, tmp_path):

@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 
-OK, PARITY_FAILED, BAD_INPUT, ENVIRONMENT = 0, 1, 2, 3
+OK, PARITY_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
+
+INSTALL = "what verification needs is installed by: pip install 'kimi-vl[verify]'"
 
 EPILOG = """\b
 Examples:
@@ -234,11 +236,15 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except MissingPackage as e:
-        _fail(ENVIRONMENT, f"{e}; install what verification needs with: pip install 'kimi-vl[verify]'")
+        _fail(ENVIRONMENT, f"{e}; {INSTALL}")
+    except ModuleNotFoundError as e:
+        _fail(ENVIRONMENT, f"the package {e.name} is missing; {INSTALL}")
     except EnvironmentProblem as e:
         _fail(ENVIRONMENT, str(e))
     except ValueError as e:
         _fail(BAD_INPUT, str(e))
+    except KeyboardInterrupt:  # click would end with 1, which here means that parity failed
+        _fail(INTERRUPTED, "interrupted; no report was written")
     except MemoryError:
         _fail(ENVIRONMENT, "not enough memory for the reference and the candidate; close other programs")
     except OSError as e:
@@ -246,7 +252,7 @@ def _errors() -> Iterator[None]:
 
 
 def _fail(status: int, message: str) -> None:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"verify-parity: {message}", err=True)
     sys.exit(status)
 
 
