@@ -72,8 +72,8 @@ def bundle(tmp_path_factory):
         (convert, ["--src", TINY, "--dst", at / "ckpt"]),
         (
             export,
-            ["--src", at / "ckpt", "--dst", at / "mindir", "--seq", 128, "--prefill-chunk", 32]
-            + ["--image-patches", 64, "--taps"],
+            ["--src", at / "ckpt", "--dst", at / "mindir", "--seq", 128, "--target", "cpu"]
+            + ["--prefill-chunk", 32, "--image-patches", 64, "--taps"],
         ),
     ):
         done = CliRunner().invoke(main, list(map(str, arguments)))
