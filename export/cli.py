@@ -1,12 +1,15 @@
-"""`export-mindir`: a converted directory to a bundle of static graphs that point into its weights."""
+"""`export-mindir`: a converted checkpoint to a bundle of static MindIR graphs."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,85 +17,93 @@ import click
 from ..convert.errors import ConversionError, EnvironmentProblem
 from ..convert.planning import DTYPE_NAMES, size_text
 from ..modeling.configuration import ConfigError
-from .errors import BundleError, ExportError
-from .plan import DEFAULT_CONTEXT, DEFAULT_PREFILL_CHUNK, TARGETS, open_converted, plan_export
+from .errors import ExportError
+from .plan import DEFAULT_CONTEXT, DEFAULT_PREFILL_CHUNK, TARGETS, BundlePlan, open_converted, plan_export
+from .writing import check_target, export
 
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 EPILOG = """\b
 Examples:
-  export-mindir --src ./ckpt --dst ./mindir --seq 4096
-  export-mindir --src ./ckpt --dst ./mindir --seq 512 --image-patches 256,1024
-  export-mindir --src ./ckpt --dst ./mindir --seq 512 --taps
-  export-mindir --src ./ckpt --seq 4096 --dry-run
+  export-mindir --seq 4096 --target cpu
+  export-mindir --src ./ckpt --seq 512 --target cpu --dst ./mindir
+  export-mindir --seq 4096 --seq 32768 --prefill-chunk 512 --target cpu --dry-run
+  export-mindir --seq 2048 --image-patches 1024,4096 --batch 4 --target cpu
+  export-mindir --seq 512 --taps --target cpu       (for verify-parity, layer by layer)
 
 \b
 Exit status:
   0  done
   2  wrong usage or input; nothing was written
-  3  the environment: disk, memory, a missing package
+  3  the environment: disk, a missing package
 """
 
 
-class Numbers(click.ParamType):
-    """Whole numbers, separated by commas."""
+class Sizes(click.ParamType):
+    """Positive numbers with commas between them."""
 
-    name = "numbers"
+    name = "sizes"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in value.split(","))
+            return tuple(int(n) for n in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers; expected as in 1024,4096", param, ctx)
+            self.fail(f"{value!r} is no list of numbers; expected as in 1024,4096", param, ctx)
 
 
 @click.command(
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--src", required=True, metavar="DIR", help="A directory that convert-weights made.")
-@click.option("--dst", metavar="DIR", help="Where to write: a new or empty directory, or an older bundle.")
+@click.option("--src", default="./ckpt", show_default=True, metavar="DIR", help="What convert-weights wrote.")
+@click.option(
+    "--dst", default="./mindir", show_default=True, metavar="DIR", help="New, empty, or an older bundle."
+)
 @click.option(
     "--seq",
     type=int,
     multiple=True,
     metavar="N",
-    help=f"Tokens of the largest context; smaller ones come in steps of 2. May be repeated.  [default: {DEFAULT_CONTEXT}]",
+    help=f"Tokens of the largest context; repeatable. Smaller ones are added in steps of 2.  "
+    f"[default: {DEFAULT_CONTEXT}, or what the model has]",
 )
 @click.option(
     "--target",
-    type=click.Choice(sorted(TARGETS)),
-    default="cpu",
-    help="Who runs the bundle. Only the CPU so far.  [default: cpu]",
+    type=click.Choice(list(TARGETS)),
+    required=True,
+    help="Who runs it. cpu: plain operators in fp32, any machine. There is no other target yet.",
 )
-@click.option("--batch", type=int, default=1, help="Rows of every text graph.  [default: 1]")
+@click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows of a text graph.")
 @click.option(
     "--prefill-chunk",
     type=int,
     default=DEFAULT_PREFILL_CHUNK,
-    help=f"Tokens that one prefill graph takes.  [default: {DEFAULT_PREFILL_CHUNK}]",
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prompt that run at once.",
 )
 @click.option(
     "--image-patches",
-    type=Numbers(),
+    type=Sizes(),
     default=(),
-    help="Patches of the vision graphs, as in 1024,4096.  [default: up to the processor's largest picture]",
+    metavar="N,N,…",
+    help="Patches of the vision graphs.  [default: up to the processor's largest picture, as far as the context holds it]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPE_NAMES)),
-    help="The model's dtype, which is what the weights are stored in, or fp32.  [default: as stored]",
+    help="What the model's weights are rounded to.  [default: as they are stored]",
 )
 @click.option(
-    "--taps", is_flag=True, help="Also write graphs that give every layer's output, for verify-parity."
+    "--taps", is_flag=True, help="Also graphs that give every layer's output and the experts chosen."
 )
-@click.option("--dry-run", is_flag=True, help="Read headers, show what would be written, and stop.")
+@click.option("--dry-run", is_flag=True, help="Show graphs, shapes and files, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON on stdout, all else on stderr.")
 def cli(
     src: str,
-    dst: str | None,
+    dst: str,
     seq: tuple[int, ...],
     target: str,
     batch: int,
@@ -103,57 +114,67 @@ def cli(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Exports a converted checkpoint as MindIR: vision, prefill and decode graphs with static shapes.
+    """Exports a converted Kimi-VL checkpoint as a bundle of MindIR graphs.
 
-    The bundle holds the graphs, hard links to the weights, the configuration and tokenizer files, and bundle.json with
-    a hash of everything. Weights are not read. It is loaded with kimi_vl.MindIRModel.from_bundle(DIR).
+    The bundle has a graph per number of picture patches, per context for prefill and for decode, and what is needed to
+    run them: weights (hard links to the converted files, so they take no room), configuration, tokenizer and processor
+    files, and bundle.json with shapes and hashes. kimi_vl.export.MindIRModel runs it. Weights are not read: a model of
+    any size is exported in little memory.
     """
-    if dst is None and not dry_run:
-        raise click.UsageError("Missing option '--dst'.")
-    for name, value in {
+    arguments = {
         "src": src,
-        "dst": dst or "(none: dry run)",
+        "dst": dst + (" (dry run)" if dry_run else ""),
+        "seq": ", ".join(map(str, seq)) or "default",
         "target": target,
-        "seq": ", ".join(map(str, seq)) or f"{DEFAULT_CONTEXT}, or what the model has positions for",
-        "batch": batch,
-        "prefill chunk": prefill_chunk,
-        "image patches": ", ".join(map(str, image_patches)) or "up to the processor's largest picture",
+        "batch": str(batch),
+        "prefill chunk": str(prefill_chunk),
+        "image patches": ", ".join(map(str, image_patches)) or "default",
         "dtype": dtype or "as stored",
         "taps": "yes" if taps else "no",
-    }.items():
+    }
+    for name, value in arguments.items():
         click.echo(f"{name:>14}: {value}", err=as_json)
     with _errors():
-        todo = plan_export(open_converted(src), seq, target, batch, prefill_chunk, image_patches, dtype, taps)
-        click.echo(str(todo), err=as_json)
-        if not dry_run and dst is not None:
-            _write(todo, dst, as_json)
+        weights = open_converted(src)
+        plan = plan_export(weights, seq, target, batch, prefill_chunk, image_patches, dtype, taps)
+        replaced = check_target(dst)
+        click.echo(str(plan), err=as_json)
+        if replaced:
+            click.echo(f"replace    the bundle in {dst}", err=as_json)
+        if dry_run:
+            there = next(p for p in (Path(dst), *Path(dst).absolute().parents) if p.is_dir())
+            click.echo(f"free       {size_text(shutil.disk_usage(there).free)}", err=as_json)
+        else:
+            _export(plan, dst, as_json)
         if as_json:
-            click.echo(json.dumps(todo.to_dict(), indent=1))
+            click.echo(json.dumps(plan.to_dict(), indent=1))
 
 
-def _write(todo: Any, dst: str, as_json: bool) -> None:
+def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
     from tqdm import tqdm
 
-    from .writing import check_target, export
-
-    if check_target(dst):
-        click.echo(f"replace    the bundle in {dst}", err=as_json)
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
+    try:
+        import mindspore
+    except ImportError as e:
+        raise EnvironmentProblem(f"MindSpore cannot be imported ({e}); install it to export") from None
+    mindspore.set_device("CPU")
     start = time.monotonic()
     # disable=None: no bar where nobody looks
-    with tqdm(total=len(todo.graphs), unit="graph", disable=None, file=sys.stderr) as bar:
+    with tqdm(total=len(plan.graphs), unit="graph", disable=None, file=sys.stderr) as bar:
 
-        def progress(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update(1)
+        def progress(name: str, done: bool) -> None:
+            bar.set_description(name, refresh=not done)
+            bar.update(done)
 
-        written = export(todo, dst, progress)
+        written = export(plan, dst, progress)
     for name in written.copied:
         click.echo(
-            f"copied     {name}: {dst} is on another file system, so it could not be linked", err=as_json
+            f"copied     {name}: {dst} is on another file system than {plan.weights.directory}", err=as_json
         )
-    seconds = time.monotonic() - start
     click.echo(
-        f"done       {dst}, {size_text(written.nbytes)} added to the disk, {seconds:.1f} s", err=as_json
+        f"done       {dst}, {size_text(written.nbytes)} of new disk, {time.monotonic() - start:.1f} s",
+        err=as_json,
     )
 
 
@@ -162,16 +183,14 @@ def _errors() -> Iterator[None]:
     """Turns what is wrong with the input or the machine into one line and an exit status."""
     try:
         yield
-    except (ExportError, BundleError, ConversionError, ConfigError) as e:
+    except (ExportError, ConversionError, ConfigError) as e:
         _fail(str(e), BAD_INPUT)
     except (EnvironmentProblem, MemoryError) as e:
         _fail(str(e) or "out of memory", ENVIRONMENT)
-    except ModuleNotFoundError as e:
-        _fail(f"the package {e.name} is missing; install kimi-vl's requirements", ENVIRONMENT)
     except OSError as e:
         _fail(f"{e.filename or 'disk'}: {e.strerror or e}", ENVIRONMENT)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+        _fail("interrupted; what was written is removed again", INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> None:

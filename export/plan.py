@@ -6,6 +6,7 @@ Made from headers alone and without MindSpore, so ``--dry-run`` answers at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,7 @@ def open_converted(src: str | Path) -> ConvertedWeights:
             return weights
     elif path.exists():
         raise ExportError(f"{src}: is a file, expected a converted directory")
-    elif src != "nano" and str(src).count("/") != 1:
+    elif src != "nano" and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(src)):  # neither nano nor a repo id
         raise ExportError(f"{src}: there is no such directory; convert-weights makes it")
     raise ExportError(
         f"{src}: is not a converted directory; run `convert-weights --src {src} --dst ./ckpt` first, "

@@ -18,8 +18,8 @@ from .bundle import MANIFEST, Bundle, GraphRecord, Port, WeightRecord
 from .errors import BundleError, ExportError
 from .plan import BundlePlan, GraphPlan
 
-Progress = Callable[[str], object]
-"""Called with a graph's name before it is traced."""
+Progress = Callable[[str, bool], object]
+"""Called with a graph's name and False before it is traced, with True when it is written."""
 
 
 def check_target(dst: str | Path) -> bool:
@@ -95,7 +95,7 @@ def _write_graphs(
     records, version = {}, 0
     for graph in plan.graphs:
         if progress:
-            progress(graph.name)
+            progress(graph.name, False)
         model = tracer.trace(graph)
         version = model.mind_ir_version
         names = _check_parameters(plan, graph, mindir.parameters(model))
@@ -120,6 +120,8 @@ def _write_graphs(
             caches=_ports(graph.caches),
             external_data=external,
         )
+        if progress:
+            progress(graph.name, True)
     if unused:
         raise ExportError(f"{min(unused)}: is in {plan.weights.directory}, but no graph uses it")
     return records, version

@@ -1,0 +1,409 @@
+"""Bundles: written without weights, reproducible, equal to the Torch reference, and refused when damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import bundles
+import mindspore as ms
+import numpy as np
+import pytest
+from golden import CASES, check_cache, check_case, inputs, load_case
+from mindspore import nn
+
+from kimi_vl.convert.errors import EnvironmentProblem
+from kimi_vl.export import BundleError, ExportError, MindIRModel, export, mindir, plan_export, writing
+from kimi_vl.export.bundle import Bundle
+from kimi_vl.export.plan import TARGETS, open_converted
+from kimi_vl.export.trace import Tracer
+from kimi_vl.modeling.buckets import TooLongError
+from kimi_vl.modeling.modeling_kimi_vl import _has_data
+
+BF16, FP32 = "tiny8-bf16", "tiny8-fp32"
+MODELS: dict[str, MindIRModel] = {}
+
+
+def loaded(checkpoint: str) -> MindIRModel:
+    if checkpoint not in MODELS:
+        MODELS[checkpoint] = MindIRModel.from_bundle(bundles.bundle(checkpoint), verify=True)
+    return MODELS[checkpoint]
+
+
+def plan(checkpoint: str, **changes):
+    return plan_export(
+        open_converted(bundles.converted(checkpoint)), **{**bundles.SIZES[checkpoint], **changes}
+    )
+
+
+def small_plan(checkpoint: str):
+    """One vision graph, nothing else: quick to write."""
+    whole = plan(checkpoint)
+    return whole.__class__(**{**vars(whole), "graphs": whole.graphs[:1]})
+
+
+# The plan ------------------------------------------------------------------------------------------------------------
+
+
+def names(made) -> list[str]:
+    return [g.name for g in made.graphs]
+
+
+def test_a_plan_has_graphs_for_every_context_and_one_for_all_logits():
+    made = plan(BF16, seq=(300,), taps=False, image_patches=())
+    assert made.contexts == (256, 300) and made.prefill_chunk == 64
+    assert names(made)[-5:] == [
+        "prefill-64x256", "prefill-64x300", "prefill-logits-64x300", "decode-256", "decode-300",
+    ]  # fmt: skip
+    assert [n for n in names(made) if n.startswith("vision")] == [f"vision-{n}" for n in made.patches]
+
+
+def test_contexts_that_hold_no_chunk_only_decode():
+    made = plan(BF16, seq=(128, 512), prefill_chunk=256, taps=False)
+    assert made.contexts == (128, 256, 512)
+    assert [n for n in names(made) if n.startswith("prefill")] == [
+        "prefill-256x256", "prefill-256x512", "prefill-logits-256x512",
+    ]  # fmt: skip
+
+
+def test_taps_double_what_forward_uses():
+    made = plan(BF16, taps=True)
+    assert {n for n in names(made) if n.endswith("-taps")} == {
+        "vision-64-taps", "prefill-logits-64x256-taps", "decode-128-taps", "decode-256-taps",
+    }  # fmt: skip
+
+
+def test_pictures_that_no_context_holds_have_no_graph_and_that_is_said():
+    made = plan(BF16, seq=(300,), image_patches=())
+    assert made.patches == (64, 128, 256, 512, 1024, 1200)  # 300 tokens
+    assert "more than 1200 patches" in made.notes[0]
+    assert not plan(BF16, seq=(512,), image_patches=(6000,)).notes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seq": (10**6,)}, "--seq: 1000000, expected 2 to max_position_embeddings"),
+        ({"seq": (1,)}, "--seq: 1,"),
+        ({"batch": 0}, "--batch: 0"),
+        ({"prefill_chunk": 1}, "--prefill-chunk: 1"),
+        ({"image_patches": (66,)}, "--image-patches: 66, expected a positive multiple of 4"),
+        ({"dtype": "fp16"}, "--dtype: fp16, but .* holds bfloat16; convert"),
+    ],
+)
+def test_sizes_that_cannot_be(changes, message):
+    with pytest.raises(ExportError, match=message):
+        plan(BF16, **changes)
+
+
+def test_weights_that_are_widened_anyway_may_be_called_fp32():
+    assert plan(BF16, dtype="fp32").dtype == "float32" and plan(BF16).dtype == "bfloat16"
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_weight_is_in_memory_while_tracing():
+    made = plan(BF16)
+    tracer = Tracer(made.config, TARGETS["cpu"], 1)
+    model = tracer.trace(made.graphs[0])
+    for cell in (tracer.vision_tower, tracer.projector, tracer.language_model):
+        assert not any(_has_data(p) for p in cell.get_parameters())
+    assert not any(p.raw_data for p in model.graph.parameter)
+
+
+def test_graphs_have_no_large_constants_and_only_graphs_of_fp32_weights_point_at_them():
+    for checkpoint, external in ((BF16, False), (FP32, True)):
+        directory = bundles.bundle(checkpoint)
+        manifest = Bundle.load(directory)
+        for graph in manifest.graphs.values():
+            model = mindir.read(directory / graph.file)
+            constants = sum(n.ByteSize() for n in model.graph.node if n.op_type == "Constant")
+            assert constants < 4 * 256 + 8192, graph.file
+            caches = {port.name for port in graph.caches}
+            pointing = mindir.pointing(model)
+            assert graph.external_data == external
+            assert set(pointing) == (set(mindir.parameters(model)) - caches if external else set())
+            for name, place in pointing.items():
+                weight = manifest.weights[name]
+                assert place == (weight.file, weight.offset, weight.nbytes) and weight.offset % 64 == 0
+
+
+def test_shards_are_hard_links_and_the_manifest_knows_their_tensors():
+    source, directory = bundles.converted(BF16), bundles.bundle(BF16)
+    manifest = Bundle.load(directory)
+    assert all((directory / name).samefile(source / name) for name in manifest.shards)
+    weights = open_converted(source)
+    assert set(manifest.weights) == set(weights.names())
+    for name, record in manifest.weights.items():
+        assert (record.file, record.offset, record.nbytes) == weights.location(name)
+        assert (record.shape, record.dtype) == weights.spec(name) and record.hash == weights.hash(name)
+
+
+def test_shards_are_copied_across_file_systems(tmp_path, monkeypatch):
+    def cross(*_):
+        raise OSError(errno.EXDEV, "cross-device link")
+
+    monkeypatch.setattr(os, "link", cross)
+    (shard,) = plan(BF16).shards
+    assert writing._link(bundles.converted(BF16) / shard, tmp_path / shard)
+    assert (tmp_path / shard).read_bytes() == (bundles.converted(BF16) / shard).read_bytes()
+    assert not (tmp_path / shard).is_symlink()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(EnvironmentProblem, match="cannot be linked"):
+        writing._link(bundles.converted(BF16) / shard, tmp_path / "again")
+
+
+def test_a_target_that_is_no_bundle_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for dst in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(ExportError, match="is not empty|is a file"):
+            export(small_plan(BF16), dst)
+    (tmp_path / "bundle.json").write_text("{}")
+    with pytest.raises(ExportError, match="damaged bundle"):
+        export(small_plan(BF16), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle.json", "mine.txt"]
+
+
+def test_an_older_bundle_is_replaced_only_by_a_whole_one(tmp_path):
+    target = bundles.copy(FP32, tmp_path / "mindir")
+    (target / "note.txt").write_text("of the older bundle")
+
+    def interrupt(name, done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(small_plan(FP32), target, interrupt)
+    assert (target / "note.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["mindir"]
+    with pytest.raises(
+        ExportError, match="no graph uses it"
+    ):  # the text weights; also after graphs were written
+        export(small_plan(FP32), target)
+    assert (target / "note.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["mindir"]
+    writing._replace(target, Path(shutil.copytree(bundles.bundle(FP32), tmp_path / "new")))
+    assert not (target / "note.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["mindir"]
+    Bundle.load(target)
+
+
+def test_weights_of_another_shape_are_refused():
+    made = plan(BF16)
+    name = "multi_modal_projector.linear_1.bias"
+    found = {name: ((7,), "float32")}
+    with pytest.raises(ExportError, match=f"{name}: vision-64 takes"):
+        writing._check_parameters(made, made.graphs[0], found)
+    with pytest.raises(ExportError, match="nobody.weight: vision-64 needs it"):
+        writing._check_parameters(made, made.graphs[0], {"nobody.weight": ((7,), "float32")})
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint, name", CASES)
+def test_a_reloaded_bundle_equals_torch(checkpoint, name):
+    model, case = loaded(checkpoint), load_case(checkpoint, name)
+    check_case(model, case, taps=model.bundle.taps)
+    check_cache(model, case)
+
+
+def test_the_mode_of_the_caller_does_not_matter_and_stays():
+    model, case = loaded(FP32), load_case(FP32, "text")
+    before = ms.get_context("mode")
+    try:
+        for mode in (ms.GRAPH_MODE, ms.PYNATIVE_MODE):
+            ms.set_context(mode=mode)
+            new = model.generate(**inputs(case), max_new_tokens=4, eos_token_id=None).asnumpy()
+            assert np.array_equal(new[:, -4:], case["greedy_tokens"][:, :4])
+            assert ms.get_context("mode") == mode
+    finally:
+        ms.set_context(mode=before)
+
+
+def test_a_bundle_stands_alone(tmp_path):
+    directory = bundles.copy(BF16, tmp_path / "elsewhere")
+    model, case = MindIRModel.from_bundle(directory), load_case(BF16, "text")
+    assert model.dtype == ms.bfloat16 and model.config.model_type == "kimi_vl"
+    assert model.generation_config.eos_token_id
+    new = model.generate(**inputs(case), max_new_tokens=4, eos_token_id=None).asnumpy()
+    assert np.array_equal(new[:, -4:], case["greedy_tokens"][:, :4])
+
+
+def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
+    for checkpoint in (BF16, FP32):
+        model, case = loaded(checkpoint), load_case(checkpoint, "text")
+        model.generate(**inputs(case), max_new_tokens=2)
+        graphs = list(model.engine.graphs._graphs.values())
+        assert len(graphs) >= 2
+        name = "language_model.lm_head.weight"
+        held = model.weights.tensor(name).asnumpy()
+        for graph in graphs:
+            parameter = graph._cell.parameters_dict().get(name)
+            assert parameter is None or np.shares_memory(parameter.asnumpy(), held)
+        assert np.shares_memory(held, model.weights._stored(name)) == (checkpoint == FP32)
+
+
+def test_plain_mindspore_loads_a_graph_of_fp32_weights():
+    directory, model = bundles.bundle(FP32), loaded(FP32)
+    record = model.bundle.graphs["vision-64"]
+    cell = nn.GraphCell(ms.load(str(directory / record.file)))
+    rng = np.random.default_rng(0)
+    feed = model.engine.vision_inputs(rng.standard_normal((24, 3, 14, 14), np.float32), 4, 6, 64)
+    got = cell(*(ms.Tensor(feed[port.name]) for port in record.inputs)).asnumpy()
+    assert np.array_equal(got, model.engine.graphs.vision(64, feed, False)[0])
+    assert got.any()
+
+
+def test_what_a_bundle_does_not_hold_is_said():
+    case = load_case(FP32, "text")
+    with pytest.raises(BundleError, match="export with --taps"):
+        loaded(FP32)(**inputs(case), output_taps=True)
+    with pytest.raises(TooLongError, match="exceeds the context of 256 by 44"):
+        loaded(FP32).generate(input_ids=np.ones((1, 300), np.int64))
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def shard(directory: Path) -> Path:
+    (path,) = directory.glob("*.safetensors")
+    return path
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def flip_tensor(directory: Path, name: str) -> None:
+    flip(shard(directory), Bundle.load(directory).weights[name].offset)
+
+
+def other_shard(directory: Path) -> None:
+    """The shard of another model: of one layer's weights, another's."""
+    weights = Bundle.load(directory).weights
+    content = bytearray(shard(directory).read_bytes())
+    a, b = (weights[f"language_model.model.layers.{i}.input_layernorm.weight"] for i in (0, 1))
+    content[a.offset : a.offset + a.nbytes] = content[b.offset : b.offset + b.nbytes]
+    shard(directory).write_bytes(content)
+
+
+def link_out(directory: Path) -> None:
+    file = directory / "config.json"
+    file.rename(directory.parent / "config.json")
+    file.symlink_to(directory.parent / "config.json")
+
+
+def misplace(directory: Path) -> None:
+    """A graph that finds one weight's data where another's is."""
+    path = directory / "vision-64.mindir"
+    model = mindir.read(path)
+    model.graph.parameter[0].external_data.offset += 64
+    path.write_bytes(mindir.serialise(model))
+    bundles.edit(directory, lambda m: None)
+
+
+def drop_weight(manifest: dict) -> None:
+    del manifest["weights"]["multi_modal_projector.linear_1.bias"]
+
+
+def rename_cache(manifest: dict) -> None:
+    manifest["graphs"]["decode-256"]["caches"][0]["name"] = "cache.9.9"
+
+
+def set_cache(manifest: dict) -> None:
+    manifest["graphs"]["decode-256"]["caches"][0]["shape"] = [128, 64]
+
+
+BIG = "language_model.model.layers.1.mlp.experts.gate_up_proj"
+SMALL = "language_model.model.norm.weight"
+DAMAGE = {
+    "a flipped bit in a graph": (
+        lambda d: flip(d / "decode-256.mindir", 5000),
+        "decode-256.mindir: is not the file",
+    ),
+    "a truncated graph": (
+        lambda d: os.truncate(d / "decode-256.mindir", 99),
+        "decode-256.mindir: has 99 bytes",
+    ),
+    "no graph": (lambda d: (d / "decode-256.mindir").unlink(), "decode-256.mindir: is missing"),
+    "a changed configuration": (lambda d: flip(d / "config.json", 300), "config.json: is not the file"),
+    "a truncated shard": (lambda d: os.truncate(shard(d), 9999), "safetensors: has 9999 bytes"),
+    "no shard": (lambda d: shard(d).unlink(), "safetensors: is missing"),
+    "a damaged header": (lambda d: flip(shard(d), 100), "safetensors: is (damaged|another model)"),
+    "a flipped bit in a small tensor": (
+        lambda d: flip_tensor(d, SMALL),
+        f"{SMALL} is damaged or another model's",
+    ),
+    "another model's shard": (other_shard, "layers.0.input_layernorm.weight is damaged or another model's"),
+    "a link out of the bundle": (link_out, "config.json: is a link to .*, outside the bundle"),
+    "no manifest": (lambda d: (d / "bundle.json").unlink(), "has no bundle.json"),
+    "half a manifest": (lambda d: os.truncate(d / "bundle.json", 999), "bundle.json: is not valid JSON"),
+    "another JSON": (lambda d: (d / "bundle.json").write_text("[]"), "is no manifest of a bundle"),
+    "a newer manifest": (
+        lambda d: bundles.edit(d, lambda m: m.update(schema=2)),
+        "schema 2, .* update kimi_vl",
+    ),
+    "a manifest without batch": (
+        lambda d: bundles.edit(d, lambda m: m.pop("batch")),
+        "json: batch is missing",
+    ),
+    "a batch of text": (
+        lambda d: bundles.edit(d, lambda m: m.update(batch="2")),
+        "batch is '2', expected int",
+    ),
+    "a file outside": (
+        lambda d: bundles.edit(d, lambda m: m["graphs"]["decode-256"].update(file="../x.mindir")),
+        "'../x.mindir' is no plain file name",
+    ),
+    "an unaligned weight": (
+        lambda d: bundles.edit(d, lambda m: m["weights"][SMALL].update(offset=130)),
+        f"weights.{SMALL} is at offset 130, expected a multiple of 64",
+    ),
+    "a weight elsewhere": (
+        lambda d: bundles.edit(d, lambda m: m["weights"][SMALL].update(offset=64 * 99)),
+        f"{SMALL} is not where bundle.json says",
+    ),
+    "a weight of another length": (
+        lambda d: bundles.edit(d, lambda m: m["weights"][SMALL].update(nbytes=4)),
+        f"weights.{SMALL} has 4 bytes",
+    ),
+    "a graph that points elsewhere": (misplace, "vision-64.mindir: .* is not where bundle.json says"),
+    "a parameter without data": (
+        lambda d: bundles.edit(d, drop_weight),
+        "linear_1.bias is not where bundle.json says",
+    ),
+    "a cache that is not there": (
+        lambda d: bundles.edit(d, rename_cache),
+        "cache.0.0 has no data in the bundle",
+    ),
+    "a cache of another shape": (lambda d: bundles.edit(d, set_cache), "cache.0.0 is float32 .256, "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_before_a_graph_runs(damage, tmp_path):
+    make, message = DAMAGE[damage]
+    directory = bundles.copy(FP32, tmp_path / "mindir")
+    make(directory)
+    case = load_case(FP32, "image")
+    with pytest.raises(BundleError, match=message) as e:
+        MindIRModel.from_bundle(directory).generate(**inputs(case), max_new_tokens=2)
+    assert "\n" not in str(e.value)
+
+
+def test_damage_of_large_tensors_is_found_when_asked(tmp_path):
+    directory = bundles.copy(FP32, tmp_path / "mindir")
+    assert Bundle.load(directory).weights[BIG].nbytes > 1 << 16
+    flip_tensor(directory, BIG)
+    MindIRModel.from_bundle(directory)
+    with pytest.raises(BundleError, match=f"{BIG} is damaged or another model's"):
+        MindIRModel.from_bundle(directory, verify=True)
+
+
+def test_a_bundle_for_another_device_is_refused(monkeypatch):
+    monkeypatch.setattr(ms, "get_context", lambda _: "Ascend")
+    with pytest.raises(BundleError, match="is for cpu, but MindSpore runs on Ascend"):
+        MindIRModel.from_bundle(bundles.bundle(FP32))
