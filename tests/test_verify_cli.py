@@ -9,13 +9,12 @@ import shutil
 import subprocess
 import sys
 
+import bundles
 import pytest
 from click.testing import CliRunner
 from golden import DATA
 from parity import OracleCandidate
 
-from kimi_vl.convert.cli import cli as convert
-from kimi_vl.export.cli import cli as export
 from kimi_vl.verify import candidates
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.oracle import build_oracle
@@ -46,43 +45,20 @@ def candidate_is(monkeypatch, oracle):
 
 def test_the_network_passes(tmp_path):
     """The real thing, once: MindSpore graphs against Torch."""
-    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "steps")
+    result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "pieces")
     assert result.exit_code == 0, result.output
     assert "PASSED" in result.stdout and "MindSpore graphs: MindSpore" in result.stdout
     run = json.loads((tmp_path / "run.json").read_text())
     case = run["cases"][0]
     assert case["taps"]["logits"]["rel_l2"] < 1e-5 and case["missing"] == []
-    assert set(case["taps"]) >= {
-        "vision_out",
-        "projector_out",
-        "layers.0",
-        "router.1",
-        "layers.1",
-        "layers.2",
-    }
+    assert set(case["taps"]) >= {"inputs_embeds", "layers.0", "router.1", "layers.1", "layers.2", "logits"}
     assert run["candidate"]["runs_on"].endswith("on CPU") and run["environment"]["mindspore"]
     assert run["reference"]["stored"] == "bfloat16"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """A small bundle with taps, made by the commands."""
-    at = tmp_path_factory.mktemp("bundle")
-    for main, arguments in (
-        (convert, ["--src", TINY, "--dst", at / "ckpt"]),
-        (
-            export,
-            ["--src", at / "ckpt", "--dst", at / "mindir", "--seq", 128, "--target", "cpu"]
-            + ["--prefill-chunk", 32, "--image-patches", 64, "--taps"],
-        ),
-    ):
-        done = CliRunner().invoke(main, list(map(str, arguments)))
-        assert done.exit_code == 0, done.output
-    return at / "mindir"
-
-
-def test_a_bundle_passes(bundle, tmp_path):
-    """Reloaded MindIR against Torch; a picture and single steps, the prompt in two chunks."""
+def test_a_bundle_passes(tmp_path):
+    """Reloaded MindIR against Torch: a picture, single steps, the cache filled to its last slot."""
+    bundle = bundles.bundle("tiny8-bf16")
     arguments = ("--reference", TINY, "--candidate", bundle, "--report", tmp_path)
     result = invoke(*arguments, "--cases", "image", "--cases", "steps", "--cases", "edge")
     assert result.exit_code == 0, result.output
@@ -94,29 +70,25 @@ def test_a_bundle_passes(bundle, tmp_path):
     assert run["candidate"]["kind"] == "bundle" and "bundle.json" in run["candidate"]["files"]
 
 
-def test_a_bundle_without_taps_passes_and_says_what_was_not_judged(bundle, tmp_path):
-    plain = tmp_path / "mindir"
-    shutil.copytree(bundle, plain)
-    manifest = json.loads((plain / "bundle.json").read_text())
-    manifest["graphs"] = {name: graph for name, graph in manifest["graphs"].items() if not graph["taps"]}
-    manifest["taps"] = False
-    (plain / "bundle.json").write_text(json.dumps(manifest))
-    report = tmp_path / "r"
-    result = invoke("--reference", TINY, "--candidate", plain, "--report", report, "--cases", "image")
+def test_a_bundle_without_taps_passes_and_says_what_was_not_judged(tmp_path):
+    bundle = bundles.bundle("tiny8-fp32")
+    arguments = ("--reference", DATA / "tiny8-fp32", "--candidate", bundle, "--report", tmp_path)
+    result = invoke(*arguments, "--cases", "batch", "--cases", "chunks")
     assert result.exit_code == 0, result.output
     assert "not judged: vision tower, input embeddings, hidden states" in result.stdout
-    taps = json.loads((report / "run.json").read_text())["cases"][0]["taps"]
+    taps = json.loads((tmp_path / "run.json").read_text())["cases"][0]["taps"]
     assert {"projector_out", "logits", "greedy"} <= set(taps) and "layers.0" not in taps
 
 
-def test_a_bundle_with_a_changed_byte_is_refused_before_it_runs(bundle, tmp_path):
-    broken = tmp_path / "mindir"
-    shutil.copytree(bundle, broken)
+def test_a_bundle_with_a_changed_byte_is_refused_before_it_runs(tmp_path):
+    broken = bundles.copy("tiny8-fp32", tmp_path / "mindir")
     shard = next(broken.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
+    shard.unlink()
     shard.write_bytes(content)
-    result = invoke("--reference", TINY, "--candidate", broken, "--report", tmp_path / "r")
+    source = DATA / "tiny8-fp32"
+    result = invoke("--reference", source, "--candidate", broken, "--report", tmp_path / "r")
     assert result.exit_code == 2 and shard.name in result.stderr.splitlines()[-1]
 
 
