@@ -31,9 +31,10 @@ class VisionGraph(nn.Cell):
     def construct(self, patches, taps, tap_weights, cos, sin, valid):
         x = self.vision_tower(patches, taps, tap_weights, cos, sin, valid)
         y = self.multi_modal_projector(x)
+        taps = ()
         if self.taps:
-            return y, ops.reshape(x, (-1, self.block, x.shape[-1]))
-        return y
+            taps = (ops.reshape(x, (-1, self.block, x.shape[-1])),)
+        return (y,) + taps
 
 
 class TextGraph(nn.Cell):
@@ -97,6 +98,6 @@ class LastLogitsGraph(TextGraph):
 
     def construct(self, input_ids, embeds, embeds_mask, cos, sin, start, last):  # type: ignore[override]
         x, taps = self.layers(input_ids, embeds, embeds_mask, cos, sin, start)
-        rows = last + ops.arange(self.batch).astype(ms.int32) * self.tokens
+        rows = last + ops.cast(ops.range(0, self.batch, 1), ms.int32) * self.tokens
         logits = ops.reshape(self.language_model(ops.gather(x, rows, 0)), (self.batch, 1, self.vocab))
         return (logits,) + taps

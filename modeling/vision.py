@@ -18,6 +18,7 @@ from .language import Linear, per_head, rotate_half
 from .parameters import empty_parameter
 
 LAYER_NORM_EPS = 1e-5
+TAPS = 16  # of a bicubic interpolation
 
 
 class LayerNorm(nn.Cell):
@@ -40,16 +41,19 @@ class PositionTable(nn.Cell):
         entries = config.init_pos_emb_height * config.init_pos_emb_width
         self.weight = empty_parameter((entries, config.hidden_size), dtype)
         self.lookup = kernels.Embedding()
+        self.columns = P.Unstack(1)
+        self.split = P.Split(1, TAPS)
 
     def construct(self, taps, weights):
-        y = self._tap(taps, weights, 0)
-        for i in range(1, taps.shape[1]):  # tap after tap: all at once would hold 16 x N x D numbers
-            y = y + self._tap(ops.depend(taps, y), weights, i)
+        columns, shares = self.columns(taps), self.split(weights)  # 16 x (N,), 16 x (N, 1)
+        y = self._tap(columns[0], shares[0])
+        for i in range(1, TAPS):  # tap after tap: all at once would hold 16 x N x D numbers
+            y = y + self._tap(ops.depend(columns[i], y), shares[i])
         return y
 
-    def _tap(self, taps, weights, i):
-        rows = self.lookup(self.weight, taps[:, i])
-        return rows * ops.broadcast_to(weights[:, i : i + 1], rows.shape)
+    def _tap(self, column, share):
+        rows = self.lookup(self.weight, column)
+        return rows * ops.broadcast_to(share, rows.shape)
 
 
 class PatchEmbed(nn.Cell):

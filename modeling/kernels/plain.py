@@ -200,7 +200,7 @@ class Experts(nn.Cell):
             result = ops.concat(out, 0)
         else:
             chosen = ops.equal(
-                indices.expand_dims(-1), ops.arange(self.experts).astype(ms.int32)
+                indices.expand_dims(-1), ops.cast(ops.range(0, self.experts, 1), ms.int32)
             )  # (R, k, E)
             share = self.sum(ops.cast(chosen, x.dtype) * weights.expand_dims(-1), 1)  # (R, E)
             h = ops.broadcast_to(x, (self.experts, rows, x.shape[1]))
@@ -314,7 +314,7 @@ class VisionAttention(nn.Cell):
         n = q.shape[0]
         q = self.split_heads(ops.reshape(q, (n, -1)) * self.scale)  # (heads, N, head_dim)
         k, v = self.split_heads(ops.reshape(k, (n, -1))), self.split_heads(ops.reshape(v, (n, -1)))
-        padding = ops.greater_equal(ops.arange(n).astype(ms.int32), valid)
+        padding = ops.greater_equal(ops.cast(ops.range(0, n, 1), ms.int32), valid)
         mask = ops.reshape(ops.cast(padding, ms.float32) * MASKED, (1, n))
         y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v, mask)
         return self.merge_heads(y)
