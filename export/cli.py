@@ -163,9 +163,9 @@ def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
     # disable=None: no bar where nobody looks
     with tqdm(total=len(plan.graphs), unit="graph", disable=None, file=sys.stderr) as bar:
 
-        def progress(name: str, done: bool) -> None:
-            bar.set_description(name, refresh=not done)
-            bar.update(done)
+        def progress(name: str, written: int) -> None:
+            bar.set_description(name)
+            bar.update(written)
 
         written = export(plan, dst, progress)
     for name in written.copied:

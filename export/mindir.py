@@ -63,6 +63,38 @@ def inputs(model: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
+def outputs(model: Any) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of a graph's outputs, in order."""
+    (output,) = model.graph.output
+    return [(tuple(t.dims), _DTYPES[t.data_type]) for v in output.attr_info.values for t in v.tensors]
+
+
+def keep_outputs(model: Any, count: int) -> None:
+    """Leave out all outputs but the first `count`, and what only they need. Call :func:`normalise` after it."""
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    node = producer[graph.output[0].name]
+    infos = [graph.output[0].attr_info]
+    while not node.op_type.startswith(
+        f"{REFERENCE}MakeTuple"
+    ):  # Depend: (the tuple, side effects to wait for)
+        infos += [a for a in node.attribute if a.name == "shape"]
+        node = producer[node.input[0]]
+    infos += [a for a in node.attribute if a.name == "shape"]
+    del node.input[count:]
+    for info in infos:
+        del info.values[count:]
+    needed, left = set(), [graph.output[0].name]
+    while left:
+        name = left.pop()
+        if name in producer and name not in needed:
+            needed.add(name)
+            left.extend(producer[name].input)
+    kept = [type(n).FromString(n.SerializeToString()) for n in graph.node if needed.intersection(n.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
 def point_at(model: Any, places: Mapping[str, Place]) -> None:
     """Let parameters find their data in files beside the graph; those that `places` leaves out have none."""
     for parameter in model.graph.parameter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .errors import ExportError
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
 
+TAPS = "-taps"  # ends the name of a graph with more outputs than the one without
 VISION, PREFILL, PREFILL_LOGITS, DECODE = "vision", "prefill", "prefill-logits", "decode"
 
 
@@ -63,7 +64,7 @@ class GraphPlan:
         size = f"{self.patches or self.context}"
         if self.kind in (PREFILL, PREFILL_LOGITS):
             size = f"{self.tokens}x{self.context}"
-        return f"{self.kind}-{size}" + ("-taps" if self.taps else "")
+        return f"{self.kind}-{size}" + (TAPS if self.taps else "")
 
     @property
     def all_logits(self) -> bool:
@@ -118,6 +119,14 @@ class BundlePlan:
         text = self.config.text
         row = text.num_hidden_layers * self.contexts[-1] * text.latent_dim
         return self.batch * row * DTYPES[self.target.dtype].itemsize
+
+    def traces(self) -> Iterator[tuple[GraphPlan, GraphPlan | None]]:
+        """Each graph to be traced, and another that follows from it by leaving its taps out."""
+        bare = {g.name: g for g in self.graphs if not g.taps}
+        tapped = [g for g in self.graphs if g.taps]
+        for graph in tapped:
+            yield graph, bare.pop(graph.name.removesuffix(TAPS), None)
+        yield from ((graph, None) for graph in bare.values())
 
     def as_stored(self, name: str) -> bool:
         """Whether a parameter has the bytes that the weights file has."""

@@ -63,6 +63,9 @@ class Tracer:
         found = mindir.inputs(model)
         if list(found.items()) != list(graph.inputs.items()):
             raise ExportError(f"{graph.name}: the traced graph takes {found}, expected {graph.inputs}")
+        given = mindir.outputs(model)
+        if given != list(graph.outputs.values()):
+            raise ExportError(f"{graph.name}: the traced graph gives {given}, expected {graph.outputs}")
         caches = {n: spec for n, spec in mindir.parameters(model).items() if n in graph.caches}
         if caches != graph.caches:
             raise ExportError(f"{graph.name}: the traced graph has caches {caches}, expected {graph.caches}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..convert.errors import EnvironmentProblem
@@ -18,8 +19,8 @@ from .bundle import MANIFEST, Bundle, GraphRecord, Port, WeightRecord
 from .errors import BundleError, ExportError
 from .plan import BundlePlan, GraphPlan
 
-Progress = Callable[[str, bool], object]
-"""Called with a graph's name and False before it is traced, with True when it is written."""
+Progress = Callable[[str, int], object]
+"""Called with a graph's name, and how many graphs were written since the last call."""
 
 
 def check_target(dst: str | Path) -> bool:
@@ -93,9 +94,9 @@ def _write_graphs(
     tracer = Tracer(plan.config, plan.target, plan.batch)
     unused = set(plan.weights.names())
     records, version = {}, 0
-    for graph in plan.graphs:
+    for graph, bare in plan.traces():
         if progress:
-            progress(graph.name, False)
+            progress(graph.name, 0)
         model = tracer.trace(graph)
         version = model.mind_ir_version
         names = _check_parameters(plan, graph, mindir.parameters(model))
@@ -103,28 +104,38 @@ def _write_graphs(
         # All or none: a graph that finds only some of its data would run on arbitrary memory for the rest.
         external = all(map(plan.as_stored, names))
         mindir.point_at(model, {name: plan.weights.location(name) for name in names} if external else {})
-        content = mindir.serialise(model)
-        file = f"{graph.name}.mindir"
-        (directory / file).write_bytes(content)
-        records[graph.name] = GraphRecord(
-            file=file,
-            nbytes=len(content),
-            hash=content_hash(content),
-            kind=graph.kind,
-            patches=graph.patches,
-            tokens=graph.tokens,
-            context=graph.context,
-            taps=graph.taps,
-            inputs=_ports(graph.inputs),
-            outputs=_ports(graph.outputs),
-            caches=_ports(graph.caches),
-            external_data=external,
-        )
+        records[graph.name] = _write_graph(graph, model, external, directory)
+        if bare:
+            mindir.keep_outputs(model, len(bare.outputs))
+            mindir.normalise(model)
+            records[bare.name] = _write_graph(bare, model, external, directory)
         if progress:
-            progress(graph.name, True)
+            progress(graph.name, 2 if bare else 1)
     if unused:
         raise ExportError(f"{min(unused)}: is in {plan.weights.directory}, but no graph uses it")
-    return records, version
+    return {graph.name: records[graph.name] for graph in plan.graphs}, version
+
+
+def _write_graph(graph: GraphPlan, model: Any, external: bool, directory: Path) -> GraphRecord:
+    from . import mindir
+
+    content = mindir.serialise(model)
+    file = f"{graph.name}.mindir"
+    (directory / file).write_bytes(content)
+    return GraphRecord(
+        file=file,
+        nbytes=len(content),
+        hash=content_hash(content),
+        kind=graph.kind,
+        patches=graph.patches,
+        tokens=graph.tokens,
+        context=graph.context,
+        taps=graph.taps,
+        inputs=_ports(graph.inputs),
+        outputs=_ports(graph.outputs),
+        caches=_ports(graph.caches),
+        external_data=external,
+    )
 
 
 def _check_parameters(plan: BundlePlan, graph: GraphPlan, found: Ports) -> set[str]:
