@@ -158,7 +158,8 @@ def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
         import mindspore
     except ImportError as e:
         raise EnvironmentProblem(f"MindSpore cannot be imported ({e}); install it to export") from None
-    mindspore.set_device("CPU")
+    if mindspore.get_context("device_target") != "CPU":
+        mindspore.set_device("CPU")
     start = time.monotonic()
     # disable=None: no bar where nobody looks
     with tqdm(total=len(plan.graphs), unit="graph", disable=None, file=sys.stderr) as bar:

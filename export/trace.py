@@ -75,6 +75,8 @@ class Tracer:
 def _trace(cell: nn.Cell, inputs: Ports) -> Any:
     """Compile for export and describe as a proto; no parameter's data is read."""
     cell.set_train(False)
+    # MindSpore 2.7 would give the parameters memory after it has compiled.
+    object.__setattr__(cell, "init_parameters_data", lambda **_: {})
     # Without the meta device MindSpore 2.10 allocates the inputs; before 2.10 there is none and nothing is allocated.
     with ms.DeviceCtx("meta") if hasattr(ms, "DeviceCtx") else nullcontext():
         tensors = [ms.Tensor(shape=shape, dtype=_DTYPES[dtype]) for shape, dtype in inputs.values()]
