@@ -15,7 +15,15 @@ from typing import Any
 import click
 
 from ..modeling.configuration import ConfigError
-from .converter import carry_out, open_for_conversion, open_for_reversal
+from .converter import (
+    ROOM,
+    WORKERS,
+    available_memory,
+    carry_out,
+    existing_directory,
+    open_for_conversion,
+    open_for_reversal,
+)
 from .errors import ConversionError, EnvironmentProblem
 from .planning import DEFAULT_SHARD_BYTES, DTYPE_NAMES, Plan, plan_conversion, plan_reversal, size_text
 from .source import DEFAULT_MODEL, resolve
@@ -65,7 +73,7 @@ class Size(click.ParamType):
     metavar="SRC",
     help="Published directory, Hub repo id, nano, or hf: the Hub's --model.",
 )
-@click.option("--dst", metavar="DIR", help="Where to write: a new or an empty directory.")
+@click.option("--dst", metavar="DIR", help="Where to write: a new or empty directory, or an unfinished one.")
 @click.option(
     "--model", metavar="REPO", help=f"The repository that --src hf means.  [default: {DEFAULT_MODEL}]"
 )
@@ -80,9 +88,27 @@ class Size(click.ParamType):
     type=Size(),
     help=f"Split the weights into files of at most this.  [default: {DEFAULT_SHARD_BYTES // 10**9}GB]",
 )
+@click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Make values too large for --dtype its largest one, instead of refusing them.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=WORKERS, show_default=True, help="Threads that work."
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    help="Go on with what an earlier run left unfinished in --dst, or start over.  [default: resume]",
+)
 @click.option("--reverse", is_flag=True, help="The way back: SRC is a converted directory.")
 @click.option("--dry-run", is_flag=True, help="Read headers, show what would be written, and stop.")
-@click.option("--json", "as_json", is_flag=True, help="The plan as JSON on stdout, all else on stderr.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Lines of JSON on stdout (plan, progress, done), all else on stderr.",
+)
 def cli(
     src: str,
     dst: str | None,
@@ -90,6 +116,9 @@ def cli(
     revision: str | None,
     dtype: str | None,
     max_shard_size: int | None,
+    allow_overflow: bool,
+    workers: int,
+    resume: bool,
     reverse: bool,
     dry_run: bool,
     as_json: bool,
@@ -103,8 +132,12 @@ def cli(
     if dst is None and not dry_run:
         raise click.UsageError("Missing option '--dst'.")
     if reverse:
-        for option, value in (("--dtype", dtype), ("--max-shard-size", max_shard_size)):
-            if value is not None:
+        for option, value in (
+            ("--dtype", dtype),
+            ("--max-shard-size", max_shard_size),
+            ("--allow-overflow", allow_overflow),
+        ):
+            if value:
                 raise click.UsageError(
                     f"{option} has no place with --reverse: the published form is restored as it was."
                 )
@@ -132,24 +165,69 @@ def cli(
             weights = open_for_conversion(source)
             todo = plan_conversion(weights, dst, dtype, limit)
         click.echo(str(todo), err=as_json)
+        report = _Report(todo, as_json)
+        report.needs(workers)
         if not dry_run:
-            _carry_out(todo, weights, as_json)
-        elif dst is not None:
-            there = next(p for p in (Path(dst), *Path(dst).absolute().parents) if p.is_dir())
-            click.echo(f"free       {size_text(shutil.disk_usage(there).free)}", err=as_json)
-        if as_json:
-            click.echo(json.dumps(todo.to_dict(), indent=1))
+            with report:
+                carry_out(todo, weights, allow_overflow, workers, resume, report.progress)
 
 
-def _carry_out(todo: Plan, weights: Weights, as_json: bool) -> None:
-    from tqdm import tqdm
+class _Report:
+    """What people see (the plan, a bar, the end), or lines of JSON for machines: plan, progress, done."""
 
-    start = time.monotonic()
-    total = sum(tensor.nbytes for tensor in todo.tensors)
-    # disable=None: no bar where nobody looks
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
-        carry_out(todo, weights, bar.update)
-    click.echo(f"done       {todo.target}, {time.monotonic() - start:.1f} s", err=as_json)
+    def __init__(self, todo: Plan, as_json: bool):
+        from tqdm import tqdm
+
+        self._todo = todo
+        self._as_json = as_json
+        self._total = sum(tensor.nbytes for tensor in todo.tensors)
+        self._done = 0
+        self._start = self._told = time.monotonic()
+        # disable=None: no bar where nobody looks
+        self._bar = tqdm(total=self._total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+        click.echo(str(todo), err=as_json)
+
+    def needs(self, workers: int) -> None:
+        """Disk and memory that the work takes, against what is there."""
+        todo, memory, available = self._todo, self._todo.memory(workers), available_memory()
+        disk = todo.nbytes * ROOM
+        free = None if todo.target is None else shutil.disk_usage(existing_directory(Path(todo.target))).free
+        self._line("disk", disk, free, "free")
+        self._line("memory", memory, available, "available")
+        if self._as_json:
+            self._event(
+                "plan", **todo.to_dict(), disk=disk, free=free, memory=memory, memory_available=available
+            )
+
+    def progress(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._bar.update(nbytes)
+        now = time.monotonic()
+        if self._as_json and now - self._told >= 1:
+            self._told = now
+            rate = self._done / (now - self._start)
+            left = (self._total - self._done) / rate if rate else None
+            self._event("progress", done=self._done, total=self._total, rate=rate, seconds_left=left)
+
+    def __enter__(self) -> _Report:
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._bar.close()
+        if kind:
+            return
+        seconds = time.monotonic() - self._start
+        click.echo(f"done       {self._todo.target}, {seconds:.1f} s", err=self._as_json)
+        if self._as_json:
+            self._event("done", target=self._todo.target, seconds=seconds)
+
+    def _line(self, what: str, needed: float, there: float | None, word: str) -> None:
+        known = "" if there is None else f", {size_text(there)} {word}"
+        click.echo(f"{what:<10} {size_text(needed)} needed{known}", err=self._as_json)
+
+    def _event(self, event: str, **fields: Any) -> None:
+        click.echo(json.dumps({"event": event, **fields}))
 
 
 def _show(arguments: dict[str, str], as_json: bool) -> None:
@@ -167,9 +245,12 @@ def _errors() -> Iterator[None]:
     except (EnvironmentProblem, MemoryError) as e:
         _fail(str(e) or "out of memory", ENVIRONMENT)
     except OSError as e:
-        _fail(f"{e.filename or 'disk'}: {e.strerror or e}", ENVIRONMENT)
+        _fail(
+            f"{e.filename or 'disk'}: {e.strerror or e}; run the same command again to go on where it was",
+            ENVIRONMENT,
+        )
     except KeyboardInterrupt:
-        _fail("interrupted; what was written is removed again", INTERRUPTED)
+        _fail("interrupted; run the same command again to go on where it was", INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> None:

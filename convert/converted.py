@@ -14,6 +14,7 @@ from .errors import ConversionError
 from .manifest import MANIFEST, Manifest, TensorRecord, content_hash
 from .mapping import Entry, Spec
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
+from .tensor_io import Place
 from .weights import Source, Weights
 
 Progress = Callable[[int], object]
@@ -83,19 +84,22 @@ class ConvertedWeights(Weights):
         """Reads everything. Raises ConversionError: a file or tensor is not what was written."""
         self.verify_files()
         for name in self.names():
-            self.verified(name)
+            self.check_hash(name, content_hash(self.read(name).reshape(-1).view(np.uint8)))
             if progress:
                 progress(self.manifest.tensors[name].nbytes)
 
-    def verified(self, name: str) -> np.ndarray:
-        """As :meth:`read`, its content checked. Raises ConversionError: it is damaged."""
-        array, record = self.read(name), self.manifest.tensors[name]
-        if content_hash(array.reshape(-1).view(np.uint8)) != record.hash:
+    def check_hash(self, name: str, hash_: str) -> None:
+        """Raises ConversionError: a tensor's content, which `hash_` is of, is not what was written."""
+        record = self.manifest.tensors[name]
+        if hash_ != record.hash:
             raise ConversionError(
                 f"{self.directory / record.file}: {name} is damaged, its content is not what was written; "
                 "convert the checkpoint again"
             )
-        return array
+
+    def place(self, name: str) -> Place:
+        """Where a tensor is in its file."""
+        return self._shards[self.manifest.tensors[name].file].place(name)
 
     def published_head(self, file: str) -> bytes:
         """The first bytes of a published file: length field and header."""

@@ -1,41 +1,46 @@
 """Doing what a plan says: published to ours, and back.
 
-Memory does not depend on the model: sources are memory maps, a tensor passes in pieces, targets are written at their
-final offsets of files whose size is known. All checks of names, shapes and room come before the first byte.
+Memory does not depend on the model: a tensor passes in pieces through a few buffers and lands at its final place in
+files whose size is known. All checks of names, shapes and room come before the first byte. What a run has done is in
+its journal, so that a run that is cut short, by whatever, is continued by the next one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import blake3
-import numpy as np
+from typing import Any
 
 from .. import __version__
 from .converted import ConvertedWeights, Progress
+from .engine import Engine
 from .errors import ConversionError, EnvironmentProblem
+from .journal import JOURNAL, Done, Journal
 from .manifest import (
     MANIFEST,
     DroppedRecord,
     FileRecord,
+    LossRecord,
     Manifest,
     PublishedFile,
     ShardRecord,
     TensorRecord,
     content_hash,
+    file_hash,
 )
-from .planning import DEFAULT_SHARD_BYTES, Plan, plan_conversion, plan_reversal
+from .planning import DEFAULT_SHARD_BYTES, Plan, plan_conversion, plan_reversal, size_text
 from .published import INDEX, PublishedWeights
 from .source import open_source, resolve
-from .storage import JOURNAL, PART, PartFile, sync_directory, write_file
-from .transforms import DTYPES, scatter, stream
+from .source_files import SourceFiles
+from .storage import part_path, sync_directory, write_file
 from .weights import Source, Weights
+from .work import Unit, conversion_units, reversal_units
 
 ROOM = 1.05  # of the target's size has to be free
+WORKERS = 2  # one turns and hashes while the other waits for the disk; more help where both are fast
 
 
 def plan(
@@ -66,49 +71,63 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     revision: str | None = None,
+    allow_overflow: bool = False,
+    workers: int = WORKERS,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
-    """Writes a published checkpoint as a converted directory `dst`, which must be new or empty.
+    """Writes a published checkpoint as a converted directory `dst`.
+
+    `dst` must be new, empty, or what an earlier call with the same arguments left unfinished, which is continued.
 
     Args:
         src: a published directory, ``nano``, or a Hub repo id; or a plan, which says all the rest.
         dtype: "bf16", "fp16" or "fp32"; None keeps each tensor's own. The router is fp32 always.
         max_shard_size: bytes of tensors in a shard; one tensor is never split.
-        progress: called with the number of tensor bytes written since its last call.
+        allow_overflow: make values that are too large for `dtype` its largest one, instead of refusing them.
+        workers: threads.
+        resume: False starts over where an earlier call left something unfinished.
+        progress: called with the number of tensor bytes written since its last call, from any thread.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        ConversionError: the checkpoint or `dst` cannot be used; nothing was written.
+        ConversionError: the checkpoint or `dst` cannot be used; nothing is left of what was written.
         ConfigError: its ``config.json`` is missing, or not Kimi-VL's.
-        EnvironmentProblem, OSError: no room, no network, a failing disk.
+        EnvironmentProblem, OSError: no room, no network, a failing disk; the next call continues.
     """
     if isinstance(src, Plan):
         dst, dtype, max_shard_size = src.target, src.asked_dtype, src.max_shard_size or DEFAULT_SHARD_BYTES
     weights = open_for_conversion(src.source if isinstance(src, Plan) else resolve(src, revision))
     todo = plan_conversion(weights, dst, dtype, max_shard_size)
-    carry_out(_agreed(src, todo), weights, progress)
+    carry_out(_agreed(src, todo), weights, allow_overflow, workers, resume, progress)
     return todo
 
 
 def revert(
-    src: str | Path | Plan, dst: str | Path | None = None, *, progress: Progress | None = None
+    src: str | Path | Plan,
+    dst: str | Path | None = None,
+    *,
+    workers: int = WORKERS,
+    resume: bool = True,
+    progress: Progress | None = None,
 ) -> Plan:
     """Writes the published checkpoint that the converted directory `src` was made of to `dst`, bit for bit.
 
     Files, split, headers and order are the source's. Where the conversion rounded (`Plan.narrowed`), the rounded
-    values are widened to the published dtype. `src` may be a plan, which says all the rest.
+    values are widened to the published dtype. `src` may be a plan, which says all the rest; `dst`, `workers`, `resume`
+    and `progress` are as for :func:`convert`.
 
     Raises:
-        ConversionError: `src` is no converted directory or is damaged, or `dst` is not new or empty.
-        EnvironmentProblem, OSError: no room, a failing disk.
+        ConversionError: `src` is no converted directory or is damaged, or `dst` cannot be used; nothing is left there.
+        EnvironmentProblem, OSError: no room, a failing disk; the next call continues.
     """
     if isinstance(src, Plan):
         dst = src.target
     weights = open_for_reversal(src.source if isinstance(src, Plan) else resolve(src))
     todo = plan_reversal(weights, dst)
-    carry_out(_agreed(src, todo), weights, progress)
+    carry_out(_agreed(src, todo), weights, workers=workers, resume=resume, progress=progress)
     return todo
 
 
@@ -121,41 +140,95 @@ def _agreed(asked: str | Path | Plan, now: Plan) -> Plan:
     return now
 
 
-def carry_out(todo: Plan, weights: Weights, progress: Progress | None = None) -> None:
+def carry_out(
+    todo: Plan,
+    weights: Weights,
+    allow_overflow: bool = False,
+    workers: int = WORKERS,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> None:
     """Does what a plan says, from the weights that it was made for; raises as :func:`convert`."""
     if todo.target is None:
-        raise ConversionError("dst: is not given; expected a new or an empty directory to write to")
+        raise ConversionError("dst: is not given; expected a directory to write to")
+    if workers < 1:
+        raise ConversionError(f"workers: is {workers}, expected at least 1")
     target = Path(todo.target)
-    _check_target(todo, weights.directory, target)
+    _check_target(todo, weights.directory, target, workers, resume)
+    units: Iterator[Unit]
     if isinstance(weights, ConvertedWeights):
         weights.verify_files()
-    with _writing(todo, target):
+        units = reversal_units(todo, weights)
+    else:
+        assert isinstance(weights, PublishedWeights)
+        units = conversion_units(todo, weights, allow_overflow)
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    names = [*(file.name for file in todo.files), *todo.copied, INDEX, MANIFEST]
+    journal = None
+    try:
+        journal = Journal(target, _identity(todo, weights, allow_overflow), names, resume)
+        engine = Engine(units, target, todo.files, journal, SourceFiles(), progress or (lambda n: None))
+        done = engine.run(workers)
         if isinstance(weights, ConvertedWeights):
-            _revert(todo, weights, target, progress)
+            _finish_reversal(todo, weights, target, done)
         elif isinstance(weights, PublishedWeights):
-            _convert(todo, weights, target, progress)
+            _finish_conversion(todo, weights, target, done, allow_overflow)
+        sync_directory(target)
+        journal.finish()
+        sync_directory(target)
+    except ConversionError:  # the input's fault: there is nothing to go on with
+        if journal:
+            journal.clear()
+        if made:
+            target.rmdir()
+        raise
+    finally:
+        if journal:
+            journal.close()
 
 
-def _convert(todo: Plan, weights: PublishedWeights, target: Path, progress: Progress | None) -> None:
-    shards, tensors = _write_shards(todo, weights, target, progress)
+def _finish_conversion(
+    todo: Plan, weights: PublishedWeights, target: Path, done: dict[str, Done], allow_overflow: bool
+) -> None:
+    """The files beside the shards, of the hashes of what was read and written; the manifest last."""
     index = _index(todo)
     write_file(target / INDEX, index)
+    dropped = {name: weights.array(name).tobytes() for name in todo.dropped}
+    written = {name: hash_ for unit in done.values() for name, hash_ in unit.written.items()}
+    read = {name: hash_ for unit in done.values() for name, hash_ in unit.read.items()}
+    read |= {name: content_hash(data) for name, data in dropped.items()}
+    over = {name: n for unit in done.values() for name, n in unit.overflowed.items()}
+    under = {name: n for unit in done.values() for name, n in unit.underflowed.items()}
     manifest = Manifest(
         version=__version__,
         source=weights.source.name,
         revision=weights.source.revision,
         dtype=todo.dtype,
-        arguments={"dtype": todo.asked_dtype, "max_shard_size": todo.max_shard_size},
+        arguments={
+            "dtype": todo.asked_dtype,
+            "max_shard_size": todo.max_shard_size,
+            "allow_overflow": allow_overflow,
+        },
         files={name: _copy(weights.directory / name, target / name) for name in todo.copied},
         index=FileRecord(len(index), content_hash(index)),
-        shards=shards,
-        tensors=tensors,
-        dropped={
-            name: DroppedRecord(reason, weights.array(name).tobytes().hex())
-            for name, reason in todo.dropped.items()
+        shards={file.name: ShardRecord(file.nbytes, content_hash(file.head)) for file in todo.files},
+        tensors={
+            t.name: TensorRecord(
+                t.file, t.offset, t.nbytes, t.shape, t.dtype, written[t.name], t.transform, t.sources
+            )
+            for t in todo.tensors
         },
+        losses={
+            t.name: LossRecord(over.get(t.name, 0), under.get(t.name, 0))
+            for t in todo.tensors
+            if t.name in over or t.name in under
+        },
+        dropped={name: DroppedRecord(todo.dropped[name], data.hex()) for name, data in dropped.items()},
         published_files={
-            name: PublishedFile(file.nbytes, file.head[8:].decode("utf-8"))
+            name: PublishedFile(
+                file.nbytes, file.head[8:].decode("utf-8"), file_hash(file.head, file.tensors, read)
+            )
             for name, file in weights.files.items()
         },
         published_index=weights.index,
@@ -163,8 +236,15 @@ def _convert(todo: Plan, weights: PublishedWeights, target: Path, progress: Prog
     write_file(target / MANIFEST, manifest.to_json().encode())
 
 
-def _revert(todo: Plan, weights: ConvertedWeights, target: Path, progress: Progress | None) -> None:
-    _write_published(todo, weights, target, progress)
+def _finish_reversal(todo: Plan, weights: ConvertedWeights, target: Path, done: dict[str, Done]) -> None:
+    """The files beside the shards, once it is sure that the shards are what the source's were."""
+    written = {name: hash_ for unit in done.values() for name, hash_ in unit.written.items()}
+    for name, tensors in weights.published.items():
+        record = weights.manifest.published_files[name]
+        if not todo.narrowed and file_hash(weights.published_head(name), tensors, written) != record.hash:
+            raise ConversionError(
+                f"{weights.directory}: does not give {name} back as it was; convert the checkpoint again"
+            )
     if weights.manifest.published_index is not None:
         write_file(target / INDEX, weights.manifest.published_index.encode("utf-8"))
     for name in todo.copied:
@@ -189,119 +269,71 @@ def open_for_reversal(source: Source) -> ConvertedWeights:
     return weights
 
 
-def _check_target(todo: Plan, source: Path, target: Path) -> None:
+def _identity(todo: Plan, weights: Weights, allow_overflow: bool) -> str:
+    """What an unfinished run has to agree in with the one that continues it."""
+    plan = todo.to_dict()
+    del plan["source"]["directory"], plan["target"]
+    if isinstance(weights, ConvertedWeights):
+        content: Any = weights.fingerprint
+    else:
+        assert isinstance(weights, PublishedWeights)
+        content = weights.fingerprint()
+    everything = [__version__, plan, allow_overflow, content]
+    return content_hash(json.dumps(everything, sort_keys=True).encode())
+
+
+def _check_target(todo: Plan, source: Path, target: Path, workers: int, resume: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target}: is a file, expected a directory to write to")
     if target.is_dir() and target.samefile(source):
         raise ConversionError(f"{target}: is the source itself; choose another directory to write to")
-    if (target / MANIFEST).exists():
+    unfinished = (target / JOURNAL).exists()
+    if (target / MANIFEST).exists() and not unfinished:
         raise ConversionError(
             f"{target}: holds a converted checkpoint; remove it or choose another directory"
         )
-    _remove_leftovers(target)
-    if target.is_dir() and any(target.iterdir()):
-        raise ConversionError(f"{target}: is not empty; choose a new or an empty directory to write to")
-    there = next(path for path in (target, *target.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < todo.nbytes * ROOM:
+    if not unfinished and target.is_dir() and (stranger := next(target.iterdir(), None)):
+        raise ConversionError(
+            f"{target}: is not empty, it holds {stranger.name}; choose a new or an empty directory to write to"
+        )
+    there = existing_directory(target)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"{there}: cannot be written to; change its permissions or choose another")
+    held = sum(_reserved(target / file.name) for file in todo.files) if unfinished else 0
+    needed, free = max(0, todo.nbytes - held) * ROOM, shutil.disk_usage(there).free
+    if free < needed:
         raise EnvironmentProblem(
-            f"{target}: needs {todo.nbytes * ROOM / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
+            f"{target}: needs {size_text(needed)}, but {size_text(free)} are free there; make room, or choose another disk"
+        )
+    memory, available = todo.memory(workers), available_memory()
+    if available is not None and available < memory:
+        raise EnvironmentProblem(
+            f"memory: {workers} workers need {size_text(memory)}, but {size_text(available)} are available; "
+            "end other programs, or give fewer --workers"
         )
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Of a run that was killed: its journal names the files that it meant to write, and nothing else is touched."""
-    journal = target / JOURNAL
-    journal.with_name(JOURNAL + PART).unlink(missing_ok=True)
-    if not journal.is_file():
-        return
+def existing_directory(path: Path) -> Path:
+    """`path`, or the nearest directory above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
     try:
-        names = json.loads(journal.read_text(encoding="utf-8"))["files"]
-        mine = [target / name for name in names if Path(name).name == name]
-    except (ValueError, KeyError, TypeError):
-        raise ConversionError(f"{journal}: is damaged; empty the directory or choose another one") from None
-    for path in mine:
-        path.unlink(missing_ok=True)
-        path.with_name(path.name + PART).unlink(missing_ok=True)
-    journal.unlink()
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
-@contextmanager
-def _writing(todo: Plan, target: Path) -> Iterator[None]:
-    """Marks `target` as unfinished, and empties it again if the work fails."""
-    made = not target.exists()
-    names = [*(file.name for file in todo.files), *todo.copied, INDEX, MANIFEST]
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        write_file(target / JOURNAL, json.dumps({"files": names}, indent=1).encode())
-        yield
-        sync_directory(target)
-    except BaseException:
-        _remove_leftovers(target)
-        if made:
-            target.rmdir()
-        raise
-    (target / JOURNAL).unlink()
-    sync_directory(target)
-
-
-def _write_shards(
-    todo: Plan, weights: PublishedWeights, target: Path, progress: Progress | None
-) -> tuple[dict[str, ShardRecord], dict[str, TensorRecord]]:
-    shards, tensors = {}, {}
-    for file in todo.files:
-        with PartFile(target / file.name, file.nbytes) as part:
-            part.write(0, file.head)
-            for tensor in todo.tensors:
-                if tensor.file != file.name:
-                    continue
-                offset, digest = tensor.offset, blake3.blake3()
-                for piece in stream(weights.blocks(tensor.name), DTYPES[tensor.dtype], tensor.name):
-                    data = piece.view(np.uint8).data
-                    digest.update(data)
-                    part.write(offset, data)
-                    offset += len(data)
-                    if progress:
-                        progress(len(data))
-                tensors[tensor.name] = TensorRecord(
-                    tensor.file,
-                    tensor.offset,
-                    tensor.nbytes,
-                    tensor.shape,
-                    tensor.dtype,
-                    digest.hexdigest(),
-                    tensor.transform,
-                    tensor.sources,
-                )
-            part.finish()
-        shards[file.name] = ShardRecord(file.nbytes, content_hash(file.head))
-    return shards, tensors
-
-
-def _write_published(todo: Plan, weights: ConvertedWeights, target: Path, progress: Progress | None) -> None:
-    places = {tensor.name: tensor for tensor in todo.tensors}
-    with ExitStack() as stack:
-        parts = {f.name: stack.enter_context(PartFile(target / f.name, f.nbytes)) for f in todo.files}
-        for file in todo.files:
-            parts[file.name].write(0, file.head)
-        for name, record in weights.manifest.dropped.items():
-            parts[places[name].file].write(places[name].offset, bytes.fromhex(record.data))
-            if progress:
-                progress(places[name].nbytes)
-        for entry in weights.published_entries:
-            if not entry.ours:
-                continue
-            planned = [places[side.name] for side in entry.published]
-            views = [
-                parts[p.file].array(weights.published[p.file][p.name].dtype, p.shape, p.offset)
-                for p in planned
-            ]
-            for side, blocks in zip(entry.ours, entry.blocks(views)):
-                scatter(blocks, weights.verified(side.name), side.name)
-            if progress:
-                progress(sum(p.nbytes for p in planned))
-        for part in parts.values():
-            part.finish()
+def _reserved(path: Path) -> int:
+    """What an earlier run has reserved on the disk for a file."""
+    for found in (path, part_path(path)):
+        if found.is_file():
+            status = found.stat()
+            return min(status.st_size, status.st_blocks * 512)
+    return 0
 
 
 def _copy(source: Path, target: Path) -> FileRecord:

@@ -7,6 +7,7 @@ arguments, gives the same bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .errors import ConversionError
 
 MANIFEST = "conversion.json"
 FORMAT = "kimi_vl-ckpt"
-SCHEMA = 1
+SCHEMA = 2
 
 
 def content_hash(data: Any) -> str:
@@ -65,15 +66,35 @@ class DroppedRecord:
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A shard of the source: with its header's text, the way back restores it byte for byte."""
+    """A shard of the source: with its header's text, the way back restores it byte for byte.
+
+    `hash` is BLAKE3 of its first 8 + n bytes and the BLAKE3 of each of its tensors, in the header's order.
+    """
 
     nbytes: int
     header: str
+    hash: str
+
+
+def file_hash(head: bytes, tensors: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    """The `hash` of a published file, of the `hashes` of its `tensors`; no file has to be read in its order for it."""
+    return content_hash(head + b"".join(bytes.fromhex(hashes[name]) for name in tensors))
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """How many values of a tensor its dtype could not hold: too large (now its largest one), too small (now 0)."""
+
+    overflowed: int
+    underflowed: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module. `files` are those copied from the source; `index` ours; `published_index` the source's text."""
+    """See the module. `files` are those copied from the source; `index` ours; `published_index` the source's text.
+
+    `losses` has the tensors that lost values to a narrower dtype.
+    """
 
     version: str
     source: str
@@ -84,6 +105,7 @@ class Manifest:
     index: FileRecord
     shards: dict[str, ShardRecord]
     tensors: dict[str, TensorRecord]
+    losses: dict[str, LossRecord]
     dropped: dict[str, DroppedRecord]
     published_files: dict[str, PublishedFile]
     published_index: str | None
@@ -114,6 +136,7 @@ class Manifest:
                 index=_record(FileRecord, raw["index"]),
                 shards=_records(ShardRecord, raw["shards"]),
                 tensors=_records(TensorRecord, raw["tensors"]),
+                losses=_records(LossRecord, raw["losses"]),
                 dropped=_records(DroppedRecord, raw["dropped"]),
                 published_files=_records(PublishedFile, raw["published_files"]),
                 published_index=None if raw["published_index"] is None else _text(raw["published_index"]),
@@ -156,7 +179,7 @@ def _record(cls: Any, raw: Any) -> Any:
 
 
 def _records(cls: Any, raw: Any) -> dict[str, Any]:
-    if cls is not TensorRecord and cls is not DroppedRecord:
+    if cls in (FileRecord, ShardRecord, PublishedFile):
         bad = [name for name in raw if not plain_name(name)]
         if bad:
             raise TypeError(f"{bad[0]!r} is no plain file name")

@@ -20,11 +20,12 @@ from .errors import ConversionError
 from .mapping import Entry, Side, Spec
 from .published import PublishedWeights
 from .safetensors_file import TensorInfo
-from .transforms import DTYPES
+from .transforms import DTYPES, PIECE_BYTES
 from .weights import Source
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+PROGRAM_BYTES = 40_000_000  # Python, NumPy, and the lists of a checkpoint's tensors
 RECOMPUTED = "recomputed from rope_theta, never read by the network"
 
 
@@ -56,7 +57,7 @@ class Plan:
     """See the module. `dropped` maps names to reasons, `copied` are the files taken over as they are.
 
     `dtype` is what most of the target is stored as. `narrowed` counts the published tensors whose values do not all
-    exist in our dtype.
+    exist in our dtype. `largest_turned` is the size of the largest tensor that has to be held as a whole.
     """
 
     reverse: bool
@@ -71,6 +72,11 @@ class Plan:
     dropped: Mapping[str, str]
     copied: tuple[str, ...]
     narrowed: int
+    largest_turned: int
+
+    def memory(self, workers: int) -> int:
+        """Bytes that the work takes: buffers of two tensors that stand side by side and two pieces for each worker."""
+        return PROGRAM_BYTES + workers * 2 * (self.largest_turned + PIECE_BYTES)
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +112,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def size_text(nbytes: int) -> str:
+def size_text(nbytes: float) -> str:
     size, unit = float(nbytes), "bytes"
     for larger in ("kB", "MB", "GB"):
         if size < 1000:
@@ -160,6 +166,7 @@ def plan_conversion(
         dropped={side.name: RECOMPUTED for e in weights.entries if not e.ours for side in e.published},
         copied=tuple(weights.other_files()),
         narrowed=narrowed,
+        largest_turned=_largest_turned(weights.entries, weights.specs),
     )
 
 
@@ -188,6 +195,9 @@ def plan_reversal(weights: ConvertedWeights, target: str | Path | None = None) -
         dropped={name: record.reason for name, record in manifest.dropped.items()},
         copied=tuple(manifest.files),
         narrowed=sum(_rounds(x.dtype, weights.spec(x.sources[0])[1]) for x in tensors if x.sources),
+        largest_turned=_largest_turned(
+            weights.published_entries, {t.name: Spec(t.shape, t.dtype) for t in tensors}
+        ),
     )
 
 
@@ -218,6 +228,11 @@ def _shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
         shards[-1][name] = spec
         used += nbytes
     return shards
+
+
+def _largest_turned(entries: Iterable[Entry], published: Mapping[str, Spec]) -> int:
+    turned = (published[side.name] for e in entries if not e.transform.in_order for side in e.published)
+    return max((math.prod(spec.shape) * DTYPES[spec.dtype].itemsize for spec in turned), default=0)
 
 
 def _rounds(own: str, stored: str) -> bool:

@@ -9,9 +9,10 @@ import numpy as np
 
 from . import mapping
 from .errors import ConversionError
-from .manifest import plain_name
+from .manifest import content_hash, plain_name
 from .mapping import Entry, Spec
 from .safetensors_file import SafetensorsFile, short, strict_json
+from .tensor_io import Place
 from .transforms import DTYPES, Block, gather
 from .weights import Source, Weights
 
@@ -61,7 +62,7 @@ class PublishedWeights(Weights):
 
     def read(self, name: str) -> np.ndarray:
         shape, dtype = self.spec(name)
-        return gather(self.blocks(name), shape, DTYPES[dtype], name)
+        return gather(self.blocks(name), shape, DTYPES[dtype])
 
     def blocks(self, name: str) -> list[Block]:
         """The views of published tensors that a tensor of ours is made of."""
@@ -71,6 +72,20 @@ class PublishedWeights(Weights):
     def array(self, published: str) -> np.ndarray:
         """A published tensor as it is in its file, read-only."""
         return self._file_of[published].array(published)
+
+    def place(self, published: str) -> Place:
+        """Where a published tensor is in its file."""
+        return self._file_of[published].place(published)
+
+    def file_of(self, published: str) -> str:
+        """The name of the file that holds a published tensor."""
+        return self._file_of[published].name
+
+    def fingerprint(self) -> list[tuple[str, int, str]]:
+        """Tells this checkpoint from others, and from itself after a change, without reading its tensors."""
+        return [
+            (name, file.status().st_mtime_ns, content_hash(file.head)) for name, file in self.files.items()
+        ]
 
     def other_files(self) -> list[str]:
         """The files beside the weights that belong to the checkpoint."""

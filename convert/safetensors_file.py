@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from .errors import ConversionError
+from .storage import read_at
+from .tensor_io import Place, address
 
 MAX_RANK = 8
 MAX_HEADER_BYTES = 4 << 20  # the published checkpoint needs 0.8 MB for all its shards together
@@ -83,29 +85,68 @@ def parse_header(head: bytes, file_bytes: int, name: str) -> dict[str, TensorInf
 class SafetensorsFile:
     """One file, mapped into memory and checked. Arrays that it gives are read-only views of the map.
 
+    Attributes:
+        head: its first 8 + n bytes, length field and header.
+        nbytes: its size.
+        tensors: its header's entries, in their order.
+
     Raises:
         ConversionError: the file is missing, truncated, or no safetensors file.
     """
 
     def __init__(self, path: Path):
-        self.path = path
         if not path.exists():
             raise ConversionError(f"{path.name}: is not in {path.parent}; download it again")
         if not path.is_file():
             raise ConversionError(f"{path}: is no ordinary file, expected a safetensors file")
-        with open(path, "rb") as f:
-            self.nbytes = os.fstat(f.fileno()).st_size
-            self.head = _read_head(f, self.nbytes, path.name)
-            self.tensors = parse_header(self.head, self.nbytes, path.name)
-            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self._open(path)
+        self._describe(path.name, _read_head(self._file, self.nbytes, path.name), self.nbytes)
+
+    @classmethod
+    def described(cls, name: str, head: bytes, nbytes: int) -> SafetensorsFile:
+        """A file that is elsewhere, by its first bytes and its size; :meth:`attach` it before its content is read."""
+        file = cls.__new__(cls)
+        file._describe(name, head, nbytes)
+        return file
+
+    def attach(self, path: Path) -> None:
+        """The file has come, and stands at `path`. Raises ConversionError: it is not the one that was described."""
+        head, nbytes = self.head, self.nbytes
+        self._open(path)
+        if self.nbytes != nbytes or _read_head(self._file, self.nbytes, self.name) != head:
+            raise ConversionError(
+                f"{self.name}: is not the file that its header announced; download it again"
+            )
 
     def array(self, name: str) -> np.ndarray:
         info = self.tensors[name]
         flat = np.frombuffer(self._map, info.dtype, info.nbytes // info.dtype.itemsize, info.offset)
         return flat.reshape(info.shape)
 
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from `offset` on. Raises OSError, ConversionError: the file has become shorter."""
+        read_at(self._file.fileno(), offset, buffer, self.name)
+
+    def place(self, name: str) -> Place:
+        info = self.tensors[name]
+        return Place(name, address(self.array(name)), info.nbytes, self, info.offset)
+
+    def status(self) -> os.stat_result:
+        return os.fstat(self._file.fileno())
+
+    def _open(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 (it stays open as long as this lives)
+        self.nbytes = self.status().st_size
+        if self.nbytes:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _describe(self, name: str, head: bytes, nbytes: int) -> None:
+        self.name, self.head, self.nbytes = name, head, nbytes
+        self.tensors = parse_header(head, nbytes, name)
+
 
 def _read_head(f: Any, file_bytes: int, name: str) -> bytes:
+    f.seek(0)
     field = f.read(8)
     if len(field) < 8:
         raise ConversionError(

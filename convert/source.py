@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .converted import ConvertedWeights
 from .errors import ConversionError, EnvironmentProblem
+from .journal import JOURNAL
 from .manifest import MANIFEST
 from .published import INDEX, OTHER_NAMES, OTHER_SUFFIXES, PublishedWeights
-from .storage import JOURNAL
 from .weights import Source, Weights
 
 __all__ = ["Source", "Weights", "open_source", "open_weights", "resolve"]

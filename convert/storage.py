@@ -3,78 +3,117 @@
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 
+from .errors import ConversionError
+
 PART = ".part"
-JOURNAL = "conversion.partial.json"  # stands in a directory while it is being written
 
 
 class PartFile:
     """A file of known size under a temporary name; :meth:`finish` gives it its own.
 
-    Leaving the context without :meth:`finish` removes it. Space is reserved at once, so a full disk shows here and
-    not in the middle of the work.
+    Space is reserved at once, so that a full disk shows when a file is begun and not in the middle of it. What an
+    earlier run left under either name is taken over, if it has the right size; its content is the caller's to check.
+    Writes of several threads may overlap. :meth:`close` without :meth:`finish` leaves the temporary file there.
     """
 
     def __init__(self, path: Path, nbytes: int):
         self.path = path
-        self.temporary = path.with_name(path.name + PART)
-        self._fd: int | None = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.temporary = part_path(path)
+        self.nbytes = nbytes
+        if path.exists() and not self.temporary.exists():
+            os.replace(path, self.temporary)
+        # No link is followed: it could lead out of the directory.
+        if self.temporary.is_symlink():
+            raise ConversionError(f"{self.temporary}: is a link, expected a file that this program wrote")
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        self._fd: int | None = os.open(self.temporary, flags, 0o666)
         self._map: mmap.mmap | None = None
-        try:
-            _reserve(self._fd, nbytes)
-        except OSError as e:
-            self.close()
-            raise OSError(e.errno, e.strerror, str(path)) from None
+        if os.fstat(self._fd).st_size != nbytes:
+            try:
+                os.ftruncate(self._fd, 0)
+                _reserve(self._fd, nbytes)
+            except OSError as e:
+                os.ftruncate(self._fd, 0)
+                self.close()
+                raise OSError(e.errno, e.strerror, str(path)) from None
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         left = memoryview(data)
         while left:
-            n = os.pwrite(self._descriptor, left, offset)
+            try:
+                n = os.pwrite(self._descriptor, left, offset)
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, str(self.path)) from None
             left, offset = left[n:], offset + n
 
-    def array(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
-        """A part of the file as a writable array."""
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from `offset` on."""
+        read_at(self._descriptor, offset, buffer, str(self.temporary))
+
+    def view(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        """A part of the file's map. It says where bytes belong; they are brought there by :meth:`write`."""
         if self._map is None:
-            self._map = mmap.mmap(self._descriptor, 0)
-        count = int(np.prod(shape, dtype=object))
+            self._map = mmap.mmap(self._descriptor, self.nbytes)
+        count = math.prod(shape)
         return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
 
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """Tells the system to bring a region that is complete to the disk, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
     def finish(self) -> None:
-        if self._map is not None:
-            self._map.flush()
         os.fsync(self._descriptor)
         os.replace(self.temporary, self.path)
         self.close()
 
     def close(self) -> None:
-        """Gives the file up, unless it is finished."""
         if self._fd is not None:
             os.close(self._fd)
-            self._fd = None
-            self.temporary.unlink(missing_ok=True)
+            self._fd = self._map = None
 
     @property
     def _descriptor(self) -> int:
         assert self._fd is not None, "the file is closed"
         return self._fd
 
-    def __enter__(self) -> PartFile:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+def part_path(path: Path) -> Path:
+    return path.with_name(path.name + PART)
+
+
+def read_at(fd: int, offset: int, buffer: memoryview, name: str) -> None:
+    """Fills `buffer` from `offset` of an open file on. Raises OSError, ConversionError: the file ends before."""
+    left = buffer
+    while left:
+        try:
+            n = os.preadv(fd, [left], offset)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, name) from None
+        if not n:
+            raise ConversionError(f"{name}: ended while it was read; was it changed meanwhile?")
+        left, offset = left[n:], offset + n
 
 
 def write_file(path: Path, content: bytes) -> None:
     """A small file, whole or not at all."""
-    with PartFile(path, len(content)) as part:
-        part.write(0, content)
-        part.finish()
+    temporary = part_path(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with open(os.open(temporary, flags, 0o666), "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def sync_directory(path: Path) -> None:

@@ -31,15 +31,45 @@ Block = tuple[np.ndarray, ...]
 Dims = Mapping[str, int]
 """Dimensions by the letters that the mapping table uses."""
 
-PIECE_BYTES = 8 << 20  # of a stream: small enough for the cache hierarchy, large enough for one write call
+Load = Callable[[np.ndarray], np.ndarray]
+
+PIECE_BYTES = 2 << 20  # of a stream: small enough for a core's cache, large enough for one write call
+
+
+class Losses:
+    """What a narrower dtype could not hold.
+
+    Attributes:
+        overflowed: values too large for it; they become its largest finite one.
+        underflowed: values too small for it, which become 0.
+        largest: magnitude of the largest value that overflowed.
+    """
+
+    def __init__(self) -> None:
+        self.overflowed = self.underflowed = 0
+        self.largest = 0.0
+
+    def count(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Compares values with what they became, and puts the largest finite one in the place of infinities."""
+        over = np.isinf(target) & np.isfinite(source)
+        lost = source[over].astype(np.float32)
+        if lost.size:
+            self.overflowed += lost.size
+            self.largest = max(self.largest, float(np.abs(lost).max()))
+            target[over] = np.copysign(np.float32(ml_dtypes.finfo(target.dtype).max), lost)
+        self.underflowed += int(((target == 0) & (source != 0)).sum())
 
 
 @dataclass(frozen=True)
 class Transform:
-    """`blocks(sources, dims)` gives for each target the list of its blocks."""
+    """`blocks(sources, dims)` gives for each target the list of its blocks.
+
+    `in_order` says that the blocks are the sources one after the other, so that they can pass in pieces.
+    """
 
     name: str
     blocks: Callable[[Sequence[np.ndarray], Dims], list[list[Block]]]
+    in_order: bool = False
 
 
 def _rows(tensor: np.ndarray) -> np.ndarray:
@@ -93,33 +123,38 @@ def _rope_of_wqkv(sources: Sequence[np.ndarray], d: Dims) -> list[list[Block]]:
     return _deinterleave(sources[0], 2 * d["Dheads"], 0, d["Dhead"])
 
 
-keep = Transform("keep", _keep)
-conv_as_linear = Transform("conv_as_linear", _keep)  # [D, C, p, p] and [D, C*p*p] are the same memory
-table_as_rows = Transform("table_as_rows", _keep)  # [h, w, D] and [h*w, D] too
-fuse = Transform("fuse", _fuse)
+keep = Transform("keep", _keep, in_order=True)
+conv_as_linear = Transform(
+    "conv_as_linear", _keep, in_order=True
+)  # [D, C, p, p] and [D, C*p*p] are the same memory
+table_as_rows = Transform("table_as_rows", _keep, in_order=True)  # [h, w, D] and [h*w, D] too
+fuse = Transform("fuse", _fuse, in_order=True)
 stack_experts = Transform("stack_experts", _stack_experts)
 split_kv_b = Transform("split_kv_b", _split_kv_b)
 deinterleave_q = Transform("deinterleave_rope of q", _rope_of_q)
 deinterleave_kv_a = Transform("deinterleave_rope of kv_a", _rope_of_kv_a)
 deinterleave_wqkv = Transform("deinterleave_rope of wqkv", _rope_of_wqkv)
-drop = Transform("drop", lambda sources, d: [])
+drop = Transform("drop", lambda sources, d: [], in_order=True)
 
 
-def stream(blocks: Sequence[Block], dtype: np.dtype, name: str) -> Iterator[np.ndarray]:
+def _as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def stream(
+    blocks: Sequence[Block], dtype: np.dtype, losses: Losses | None = None, load: Load = _as_it_is
+) -> Iterator[np.ndarray]:
     """The target's content as flat arrays in memory order, each at most about PIECE_BYTES.
 
-    A piece is valid until the next one is taken: buffers are reused, and where nothing changes a piece is the
-    source's own memory. `name` is the target's, for errors.
-
-    Raises:
-        ConversionError: a finite value has no finite value in `dtype`.
+    A piece is valid until the next one is taken: buffers are reused, and where nothing changes a piece is what `load`
+    gave. `load` gets a view's content, `losses` counts what does not fit in `dtype`.
     """
     buffer = np.empty(0, dtype)
     for block in blocks:
         columns = sum(view.shape[1] for view in block)
         step = max(1, PIECE_BYTES // (columns * dtype.itemsize))
         for start in range(0, len(block[0]), step):
-            parts = [view[start : start + step] for view in block]
+            parts = [load(view[start : start + step]) for view in block]
             if len(parts) == 1 and parts[0].dtype == dtype and parts[0].flags.c_contiguous:
                 yield parts[0].reshape(-1)
                 continue
@@ -129,27 +164,37 @@ def stream(blocks: Sequence[Block], dtype: np.dtype, name: str) -> Iterator[np.n
             piece = buffer[:size].reshape(-1, columns)
             at = 0
             for part in parts:
-                _convert(part, piece[:, at : at + part.shape[1]], name)
+                _convert(part, piece[:, at : at + part.shape[1]], losses)
                 at += part.shape[1]
             yield buffer[:size]
 
 
-def gather(blocks: Sequence[Block], shape: tuple[int, ...], dtype: np.dtype, name: str) -> np.ndarray:
-    """The whole target: a view of the source where nothing changes, else a new array. Raises as :func:`stream`."""
+def gather(blocks: Sequence[Block], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The whole target: a view of the source where nothing changes, else a new array."""
     if len(blocks) == 1 and len(blocks[0]) == 1:
         view = blocks[0][0]
         if view.dtype == dtype and view.flags.c_contiguous:
             return view.reshape(shape)
     target = np.empty(shape, dtype)
     flat, at = target.reshape(-1), 0
-    for piece in stream(blocks, dtype, name):
+    for piece in stream(blocks, dtype):
         flat[at : at + piece.size] = piece
         at += piece.size
     return target
 
 
-def scatter(blocks: Sequence[Block], target: np.ndarray, name: str) -> None:
-    """The way back: writes `target` into the (writable) views of `blocks`. `name` is the target's, for errors.
+def scatter(
+    blocks: Sequence[Block],
+    target: np.ndarray,
+    name: str,
+    load: Load = _as_it_is,
+    place: Load = _as_it_is,
+    flush: Callable[[], None] = lambda: None,
+) -> None:
+    """The way back: writes `target` into the views of `blocks`.
+
+    `load` gets the content of a part of `target`; `place` gives the memory to fill for a view, and after `flush` that
+    memory may be used again. `name` is the target's, for errors.
 
     Raises:
         ConversionError: a value does not fit a view's dtype exactly.
@@ -159,32 +204,30 @@ def scatter(blocks: Sequence[Block], target: np.ndarray, name: str) -> None:
         columns = sum(view.shape[1] for view in block)
         step = max(1, PIECE_BYTES // (columns * target.dtype.itemsize))
         for start in range(0, len(block[0]), step):
-            parts = [view[start : start + step] for view in block]
+            parts = [place(view[start : start + step]) for view in block]
             size = len(parts[0]) * columns
-            piece = flat[at : at + size].reshape(-1, columns)
+            piece = load(flat[at : at + size]).reshape(-1, columns)
             at, column = at + size, 0
             for part in parts:
                 _restore(piece[:, column : column + part.shape[1]], part, name)
                 column += part.shape[1]
+            flush()
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint32)
 
 
-def _convert(source: np.ndarray, target: np.ndarray, name: str) -> None:
+def _convert(source: np.ndarray, target: np.ndarray, losses: Losses | None) -> None:
     if source.dtype == target.dtype:
         _bits(target)[...] = _bits(source)  # NaN payloads stay as they are
     elif (source.dtype, target.dtype) == (BFLOAT16, FLOAT32):
         np.left_shift(_bits(source), np.uint32(16), out=_bits(target), dtype=np.uint32)  # here too
     else:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             target[...] = source
-        lost = int((np.isfinite(source) & ~np.isfinite(target)).sum())
-        if lost:
-            raise ConversionError(
-                f"{name}: {lost} values are too large for {target.dtype.name}; convert to bfloat16 or float32"
-            )
+        if losses:
+            losses.count(source, target)
 
 
 def _restore(source: np.ndarray, target: np.ndarray, name: str) -> None:

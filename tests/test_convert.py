@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,9 +230,24 @@ def test_a_value_that_overflows_stops_the_conversion(tmp_path):
     t = tensors(raw, np.float32)
     t[HEAD][3, 3] = 1e5
     source = write_checkpoint(tmp_path / "src", raw, t)
-    with pytest.raises(ConversionError, match=f"{HEAD}: 1 values are too large for float16"):
+    with pytest.raises(ConversionError, match=f"{HEAD}: has values as large as 1e.05, too large for float16"):
         convert(source, tmp_path / "dst", dtype="fp16")
     assert not (tmp_path / "dst").exists()
+
+
+def test_a_value_that_overflows_may_be_clipped_and_is_counted(tmp_path):
+    raw = configuration()
+    t = tensors(raw, np.float32)
+    t[HEAD][3, 3:5] = 1e5, -1e9
+    t[HEAD][4, :3] = 1e-9, 0, 1
+    source = write_checkpoint(tmp_path / "src", raw, t)
+    convert(source, tmp_path / "dst", dtype="fp16", allow_overflow=True)
+    weights = open_weights(tmp_path / "dst")
+    assert weights.read(HEAD)[3, 3:5].tolist() == [65504, -65504]
+    assert weights.read(HEAD)[4, :3].tolist() == [0, 0, 1]
+    losses = weights.manifest.losses[HEAD]
+    assert losses.overflowed == 2
+    assert losses.underflowed >= 1
 
 
 def test_shards_keep_to_their_size(tmp_path):
@@ -556,73 +568,11 @@ def test_a_target_that_holds_something_is_left_alone(converted, tmp_path):
     assert content(tmp_path / "full") == {"thesis.txt": b"precious"}
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
-def test_work_that_fails_leaves_nothing(converted, tmp_path, error, reverse):
-    (tmp_path / "empty").mkdir()
-    run, source = (revert, converted) if reverse else (convert, TINY)
-    for target in (tmp_path / "new", tmp_path / "empty"):
-        calls = []
-
-        def progress(n, calls=calls):
-            calls.append(n)
-            if len(calls) == 40:
-                raise error
-
-        with pytest.raises(error):
-            run(source, target, progress=progress)
-    assert not (tmp_path / "new").exists()
-    assert content(tmp_path / "empty") == {}
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_killed_run_shows_nothing_as_finished_and_the_next_one_starts_over(converted, tmp_path, reverse):
-    run, source = (revert, converted) if reverse else (convert, TINY)
-    run(source, tmp_path / "whole")
-    target = tmp_path / "killed"
-    script = f"""
-import os, signal
-from kimi_vl.convert import {run.__name__}
-done = []
-def progress(n):
-    done.append(n)
-    if len(done) == 40:
-        os.kill(os.getpid(), signal.SIGKILL)
-{run.__name__}({str(source)!r}, {str(target)!r}, progress=progress)
-"""
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
-    whole = content(tmp_path / "whole")
-    left = content(target)
-    assert left
-    assert all(data == whole[name] for name, data in left.items() if name in whole)
-    with pytest.raises(ConversionError, match="was not finished; run its conversion again"):
-        open_weights(target)
-    run(source, target)
-    assert content(target) == whole
-
-
-def test_only_what_a_journal_names_is_cleared(tmp_path):
-    target = tmp_path / "dst"
-    target.mkdir()
-    (target / "conversion.partial.json").write_text(json.dumps({"files": [SHARD, "../outside"]}))
-    (target / (SHARD + ".part")).write_bytes(b"half")
-    (tmp_path / "outside").write_bytes(b"precious")
-    (target / "mine.txt").write_bytes(b"precious")
-    with pytest.raises(ConversionError, match="is not empty"):
-        convert(TINY, target)
-    assert content(target) == {"mine.txt": b"precious"}
-    assert (tmp_path / "outside").exists()
-
-
 def test_a_disk_that_is_too_small_is_known_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(
         converter.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000)
     )
-    with pytest.raises(EnvironmentProblem, match="needs 0.00 GB, but 0.00 GB are free"):
+    with pytest.raises(EnvironmentProblem, match=r"needs 9\d\d\.\d\d kB, but 1.00 kB are free there"):
         convert(TINY, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 
@@ -655,7 +605,7 @@ def test_a_flipped_bit_is_found_and_named(converted, tmp_path, name):
     weights = open_weights(converted)
     with pytest.raises(ConversionError, match=f"{path.name}: {name} is damaged"):
         weights.verify_hashes()
-    with pytest.raises(ConversionError, match=f"{name} is damaged"):
+    with pytest.raises(ConversionError, match=f"{name}( is damaged|.*was it changed after the conversion)"):
         revert(converted, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -695,7 +645,7 @@ CHANGED = {
         lambda d: edit_config(d, lambda c: c["text_config"].update(num_hidden_layers=2)),
         "layers.2.input_layernorm.weight: does not belong to the network",
     ),
-    "manifest of a later version": (lambda d: edit_manifest(d, lambda m: m.update(schema=2)), "schema 2"),
+    "manifest of a later version": (lambda d: edit_manifest(d, lambda m: m.update(schema=9)), "schema 9"),
     "manifest of something else": (lambda d: edit_manifest(d, lambda m: m.update(format="x")), "is 'x'"),
     "manifest without a field": (lambda d: edit_manifest(d, lambda m: m.pop("shards")), "is damaged"),
     "manifest that is no JSON": (lambda d: (d / "conversion.json").write_text("{"), "is damaged"),
@@ -740,6 +690,7 @@ def test_a_changed_configuration_file_is_found(converted, tmp_path):
 
 REVERSE_DAMAGE = {
     "published headers": lambda m: m["published_files"][FILE].update(header="{}"),
+    "a published file's hash": lambda m: m["published_files"][FILE].update(hash="00"),
     "a dropped tensor's content": lambda m: m["dropped"].popitem(),
     "its length": lambda m: next(iter(m["dropped"].values())).update(data="00"),
 }

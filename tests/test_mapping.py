@@ -90,8 +90,7 @@ def test_every_row_is_a_permutation_with_its_own_inverse(raw):
         blocks = entry.blocks(sources)
         assert len(blocks) == len(entry.ours)
         targets = [
-            transforms.gather(b, side.shape, transforms.FLOAT32, side.name)
-            for b, side in zip(blocks, entry.ours)
+            transforms.gather(b, side.shape, transforms.FLOAT32) for b, side in zip(blocks, entry.ours)
         ]
         assert np.array_equal(np.sort(np.concatenate([t.ravel() for t in targets])), np.arange(sum(sizes)))
         back = [np.full_like(s, -1) for s in sources]
@@ -164,7 +163,7 @@ def test_the_layouts_are_those_written_out_by_hand(monkeypatch, piece_bytes):
     for entry in match(model_config(raw), specs(t)):
         dtype = target_dtype(entry, specs(t))
         for blocks, side in zip(entry.blocks([t[s.name] for s in entry.published]), entry.ours):
-            got[side.name] = transforms.gather(blocks, side.shape, dtype, side.name)
+            got[side.name] = transforms.gather(blocks, side.shape, dtype)
     for name, want in by_hand(t, raw).items():
         assert same_bits(got[name], np.ascontiguousarray(want)), name
 
@@ -173,7 +172,7 @@ def test_pieces_stay_small(monkeypatch):
     monkeypatch.setattr(transforms, "PIECE_BYTES", 1000)
     experts = [np.arange(600, dtype=np.float32).reshape(20, 30) for _ in range(4)]
     (blocks,) = transforms.stack_experts.blocks(experts, {"E": 2})
-    pieces = [piece.nbytes for piece in transforms.stream(blocks, transforms.FLOAT32, "experts")]
+    pieces = [piece.nbytes for piece in transforms.stream(blocks, transforms.FLOAT32)]
     assert max(pieces) <= 1000
     assert sum(pieces) == 4 * 2400
 
@@ -181,7 +180,7 @@ def test_pieces_stay_small(monkeypatch):
 def test_what_does_not_change_is_not_copied():
     source = np.arange(12, dtype=np.float32).reshape(3, 4)
     (blocks,) = transforms.keep.blocks([source], {})
-    assert np.shares_memory(transforms.gather(blocks, (3, 4), transforms.FLOAT32, "x"), source)
+    assert np.shares_memory(transforms.gather(blocks, (3, 4), transforms.FLOAT32), source)
 
 
 def test_checkpoints_with_and_without_inv_freq_are_fine():
@@ -270,7 +269,7 @@ def test_every_bf16_value_comes_back_from_fp32(dtype):
     values = np.concatenate([SPECIAL, np.arange(0x10000, dtype=np.uint32).astype(np.uint16)])
     source = values.view(ml_dtypes.bfloat16)
     (blocks,) = transforms.keep.blocks([source], {})
-    stored = transforms.gather(blocks, source.shape, dtype, "x")
+    stored = transforms.gather(blocks, source.shape, dtype)
     back = np.zeros_like(source)
     transforms.scatter(transforms.keep.blocks([back], {})[0], stored, "x")
     assert np.array_equal(back.view(np.uint16), values)
@@ -287,21 +286,24 @@ def test_a_value_that_is_not_exact_on_the_way_back_is_an_error(published):
 
 
 @pytest.mark.parametrize(
-    ("source", "dtype"),
+    ("values", "dtype", "became"),
     [
-        (np.array([7e4], np.float32), transforms.FLOAT16),
-        (np.array([3.4e38], np.float32), transforms.BFLOAT16),
+        ([7e4, -1e30, 3e-8, 1e-40, 0, 1], transforms.FLOAT16, [65504, -65504, 2.0**-25 * 2, 0, 0, 1]),
+        ([3.4e38, -3.4e38, 1e-45, 0, 0, 1], transforms.BFLOAT16, [3.3895314e38, -3.3895314e38, 0, 0, 0, 1]),
     ],
 )
-def test_a_value_too_large_for_its_dtype_is_an_error(source, dtype):
-    (blocks,) = transforms.keep.blocks([source], {})
-    with pytest.raises(ConversionError, match=f"x: 1 values are too large for {dtype.name}"):
-        transforms.gather(blocks, source.shape, dtype, "x")
+def test_values_that_a_dtype_cannot_hold_are_counted_and_kept_finite(values, dtype, became):
+    (blocks,) = transforms.keep.blocks([np.array(values, np.float32)], {})
+    losses = transforms.Losses()
+    (piece,) = transforms.stream(blocks, dtype, losses)
+    assert np.array_equal(piece.astype(np.float32), np.array(became, np.float32))
+    assert (losses.overflowed, losses.underflowed) == (2, 1)
+    assert losses.largest == np.float32(abs(np.array(values[:2], np.float32)).max())
 
 
 def test_infinities_that_were_there_may_stay():
     (blocks,) = transforms.keep.blocks([np.array([np.inf, np.nan], np.float32)], {})
-    got = transforms.gather(blocks, (2,), transforms.FLOAT16, "x")
+    got = transforms.gather(blocks, (2,), transforms.FLOAT16)
     assert np.isinf(got[0])
     assert np.isnan(got[1])
 
