@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import ConversionError
+from .transpose import transpose_into
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
@@ -218,8 +219,14 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint32)
 
 
+def _transposed(view: np.ndarray) -> bool:
+    return view.strides[0] < view.strides[1]
+
+
 def _convert(source: np.ndarray, target: np.ndarray, losses: Losses | None) -> None:
-    if source.dtype == target.dtype:
+    if source.dtype == target.dtype and _transposed(source):
+        transpose_into(source.T, target)
+    elif source.dtype == target.dtype:
         _bits(target)[...] = _bits(source)  # NaN payloads stay as they are
     elif (source.dtype, target.dtype) == (BFLOAT16, FLOAT32):
         np.left_shift(_bits(source), np.uint32(16), out=_bits(target), dtype=np.uint32)  # here too
@@ -231,6 +238,9 @@ def _convert(source: np.ndarray, target: np.ndarray, losses: Losses | None) -> N
 
 
 def _restore(source: np.ndarray, target: np.ndarray, name: str) -> None:
+    if source.dtype == target.dtype and _transposed(target):
+        transpose_into(source, target.T)
+        return
     if source.dtype == target.dtype:
         _bits(target)[...] = _bits(source)
         return
