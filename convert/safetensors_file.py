@@ -100,7 +100,7 @@ class SafetensorsFile:
         if not path.is_file():
             raise ConversionError(f"{path}: is no ordinary file, expected a safetensors file")
         self._open(path)
-        self._describe(path.name, _read_head(self._file, self.nbytes, path.name), self.nbytes)
+        self._describe(path.name, self._read_head(path.name), self.nbytes)
 
     @classmethod
     def described(cls, name: str, head: bytes, nbytes: int) -> SafetensorsFile:
@@ -113,7 +113,7 @@ class SafetensorsFile:
         """The file has come, and stands at `path`. Raises ConversionError: it is not the one that was described."""
         head, nbytes = self.head, self.nbytes
         self._open(path)
-        if self.nbytes != nbytes or _read_head(self._file, self.nbytes, self.name) != head:
+        if self.nbytes != nbytes or self._read_head(self.name) != head:
             raise ConversionError(
                 f"{self.name}: is not the file that its header announced; download it again"
             )
@@ -140,14 +140,21 @@ class SafetensorsFile:
         if self.nbytes:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
+    def _read_head(self, name: str) -> bytes:
+        field = self._file.read(8)
+        return field + self._file.read(head_bytes(field, self.nbytes, name) - 8)
+
     def _describe(self, name: str, head: bytes, nbytes: int) -> None:
         self.name, self.head, self.nbytes = name, head, nbytes
         self.tensors = parse_header(head, nbytes, name)
 
 
-def _read_head(f: Any, file_bytes: int, name: str) -> bytes:
-    f.seek(0)
-    field = f.read(8)
+def head_bytes(field: bytes, file_bytes: int, name: str) -> int:
+    """How many bytes length field and header have, 8 + n, by the file's first 8 bytes.
+
+    Raises:
+        ConversionError: the file is too short for what they say, or n is more than is accepted.
+    """
     if len(field) < 8:
         raise ConversionError(
             f"{name}: has {file_bytes} bytes, too few for a safetensors file; download it again"
@@ -162,7 +169,7 @@ def _read_head(f: Any, file_bytes: int, name: str) -> bytes:
         raise ConversionError(
             f"{name}: is truncated, its header alone has {8 + n} bytes, the file {file_bytes}; download it again"
         )
-    return field + f.read(n)
+    return 8 + n
 
 
 def strict_json(text: str) -> Any:
