@@ -94,6 +94,11 @@ class Size(click.ParamType):
     help="Make values too large for --dtype its largest one, instead of refusing them.",
 )
 @click.option(
+    "--discard-source",
+    is_flag=True,
+    help="Keep a shard of the Hub only until it is converted; what its cache held before stays.",
+)
+@click.option(
     "--workers", type=click.IntRange(1, 64), default=WORKERS, show_default=True, help="Threads that work."
 )
 @click.option(
@@ -117,6 +122,7 @@ def cli(
     dtype: str | None,
     max_shard_size: int | None,
     allow_overflow: bool,
+    discard_source: bool,
     workers: int,
     resume: bool,
     reverse: bool,
@@ -136,6 +142,7 @@ def cli(
             ("--dtype", dtype),
             ("--max-shard-size", max_shard_size),
             ("--allow-overflow", allow_overflow),
+            ("--discard-source", discard_source),
         ):
             if value:
                 raise click.UsageError(
@@ -156,7 +163,7 @@ def cli(
         as_json,
     )
     with _errors():
-        source = resolve(repo, revision, download=not dry_run)
+        source = resolve(repo, revision, only_headers=dry_run)
         weights: Weights
         if reverse:
             weights = open_for_reversal(source)
@@ -169,7 +176,16 @@ def cli(
         report.needs(workers)
         if not dry_run:
             with report:
-                carry_out(todo, weights, allow_overflow, workers, resume, report.progress)
+                carry_out(
+                    todo,
+                    weights,
+                    allow_overflow=allow_overflow,
+                    discard_source=discard_source,
+                    workers=workers,
+                    resume=resume,
+                    progress=report.progress,
+                    came=report.came,
+                )
 
 
 class _Report:
@@ -181,7 +197,7 @@ class _Report:
         self._todo = todo
         self._as_json = as_json
         self._total = sum(tensor.nbytes for tensor in todo.tensors)
-        self._done = 0
+        self._done = self._downloaded = 0
         self._start = self._told = time.monotonic()
         # disable=None: no bar where nobody looks
         self._bar = tqdm(total=self._total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
@@ -207,7 +223,20 @@ class _Report:
             self._told = now
             rate = self._done / (now - self._start)
             left = (self._total - self._done) / rate if rate else None
-            self._event("progress", done=self._done, total=self._total, rate=rate, seconds_left=left)
+            self._event(
+                "progress",
+                done=self._done,
+                total=self._total,
+                rate=rate,
+                seconds_left=left,
+                downloaded=self._downloaded,
+            )
+
+    def came(self, nbytes: int) -> None:
+        """Bytes of a download."""
+        self._downloaded += nbytes
+        self._bar.set_postfix_str(f"{size_text(self._downloaded)} downloaded", refresh=False)
+        self.progress(0)
 
     def __enter__(self) -> _Report:
         self._start = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -14,11 +13,9 @@ from .errors import ConversionError
 from .manifest import MANIFEST, Manifest, TensorRecord, content_hash
 from .mapping import Entry, Spec
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
+from .storage import Progress
 from .tensor_io import Place
 from .weights import Source, Weights
-
-Progress = Callable[[int], object]
-"""Called with the number of bytes done since the last call."""
 
 
 class ConvertedWeights(Weights):
@@ -70,7 +67,7 @@ class ConvertedWeights(Weights):
         """Reads the small files (configuration, tokenizer, …). Raises ConversionError: one was changed."""
         for name, record in self.manifest.files.items():
             try:
-                content = (self.directory / name).read_bytes()
+                content = self.source.path(name).read_bytes()
             except OSError:
                 raise ConversionError(
                     f"{self.directory / name}: is gone; convert the checkpoint again"
@@ -135,7 +132,7 @@ class ConvertedWeights(Weights):
         return entries
 
     def _open(self, name: str) -> SafetensorsFile:
-        shard, record = SafetensorsFile(self.directory / name), self.manifest.shards[name]
+        shard, record = SafetensorsFile(self.source.path(name)), self.manifest.shards[name]
         if shard.nbytes != record.nbytes or content_hash(shard.head) != record.header_hash:
             raise ConversionError(
                 f"{self.directory / name}: is not the file that {MANIFEST} describes; convert the checkpoint again"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .converted import ConvertedWeights, Progress
+from .converted import ConvertedWeights
 from .engine import Engine
 from .errors import ConversionError, EnvironmentProblem
-from .journal import JOURNAL, Done, Journal
+from .journal import DOWNLOADS, JOURNAL, Done, Journal
 from .manifest import (
     MANIFEST,
     DroppedRecord,
@@ -34,8 +34,8 @@ from .manifest import (
 from .planning import DEFAULT_SHARD_BYTES, Plan, plan_conversion, plan_reversal, size_text
 from .published import INDEX, PublishedWeights
 from .source import open_source, resolve
-from .source_files import SourceFiles
-from .storage import part_path, sync_directory, write_file
+from .source_files import HubFiles, SourceFiles
+from .storage import Progress, part_path, sync_directory, write_file
 from .weights import Source, Weights
 from .work import Unit, conversion_units, reversal_units
 
@@ -52,13 +52,13 @@ def plan(
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     revision: str | None = None,
 ) -> Plan:
-    """What :func:`convert` (or, with `reverse`, :func:`revert`) would do; reads headers, downloads nothing.
+    """What :func:`convert` (or, with `reverse`, :func:`revert`) would do; reads headers, also over the Hub.
 
     Raises:
         ConversionError, ConfigError: as the function itself.
-        EnvironmentProblem: `src` is a Hub repository that is not in the local cache.
+        EnvironmentProblem: the Hub cannot be reached, and its local cache does not hold `src`.
     """
-    source = resolve(src, revision, download=False)
+    source = resolve(src, revision, only_headers=True)
     if reverse:
         return plan_reversal(open_for_reversal(source), dst)
     return plan_conversion(open_for_conversion(source), dst, dtype, max_shard_size)
@@ -72,11 +72,12 @@ def convert(
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     revision: str | None = None,
     allow_overflow: bool = False,
+    discard_source: bool = False,
     workers: int = WORKERS,
     resume: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
-    """Writes a published checkpoint as a converted directory `dst`.
+    """Writes a published checkpoint as a converted directory `dst`; shards of the Hub while others are downloaded.
 
     `dst` must be new, empty, or what an earlier call with the same arguments left unfinished, which is continued.
 
@@ -85,6 +86,7 @@ def convert(
         dtype: "bf16", "fp16" or "fp32"; None keeps each tensor's own. The router is fp32 always.
         max_shard_size: bytes of tensors in a shard; one tensor is never split.
         allow_overflow: make values that are too large for `dtype` its largest one, instead of refusing them.
+        discard_source: keep a shard of the Hub only until it is converted. What the Hub's cache held before stays.
         workers: threads.
         resume: False starts over where an earlier call left something unfinished.
         progress: called with the number of tensor bytes written since its last call, from any thread.
@@ -101,7 +103,15 @@ def convert(
         dst, dtype, max_shard_size = src.target, src.asked_dtype, src.max_shard_size or DEFAULT_SHARD_BYTES
     weights = open_for_conversion(src.source if isinstance(src, Plan) else resolve(src, revision))
     todo = plan_conversion(weights, dst, dtype, max_shard_size)
-    carry_out(_agreed(src, todo), weights, allow_overflow, workers, resume, progress)
+    carry_out(
+        _agreed(src, todo),
+        weights,
+        allow_overflow=allow_overflow,
+        discard_source=discard_source,
+        workers=workers,
+        resume=resume,
+        progress=progress,
+    )
     return todo
 
 
@@ -143,12 +153,18 @@ def _agreed(asked: str | Path | Plan, now: Plan) -> Plan:
 def carry_out(
     todo: Plan,
     weights: Weights,
+    *,
     allow_overflow: bool = False,
+    discard_source: bool = False,
     workers: int = WORKERS,
     resume: bool = True,
     progress: Progress | None = None,
+    came: Progress | None = None,
 ) -> None:
-    """Does what a plan says, from the weights that it was made for; raises as :func:`convert`."""
+    """Does what a plan says, from the weights that it was made for; raises as :func:`convert`.
+
+    `came` is called with the number of bytes that were downloaded since its last call.
+    """
     if todo.target is None:
         raise ConversionError("dst: is not given; expected a directory to write to")
     if workers < 1:
@@ -168,7 +184,11 @@ def carry_out(
     journal = None
     try:
         journal = Journal(target, _identity(todo, weights, allow_overflow), names, resume)
-        engine = Engine(units, target, todo.files, journal, SourceFiles(), progress or (lambda n: None))
+        sources = SourceFiles()
+        if isinstance(weights, PublishedWeights) and weights.source.repository:
+            directory = target / DOWNLOADS if discard_source else None
+            sources = HubFiles(weights, directory, journal.done, came or _ignore)
+        engine = Engine(units, target, todo.files, journal, sources, progress or _ignore)
         done = engine.run(workers)
         if isinstance(weights, ConvertedWeights):
             _finish_reversal(todo, weights, target, done)
@@ -188,16 +208,19 @@ def carry_out(
             journal.close()
 
 
+def _ignore(nbytes: int) -> None:
+    pass
+
+
 def _finish_conversion(
     todo: Plan, weights: PublishedWeights, target: Path, done: dict[str, Done], allow_overflow: bool
 ) -> None:
     """The files beside the shards, of the hashes of what was read and written; the manifest last."""
     index = _index(todo)
     write_file(target / INDEX, index)
-    dropped = {name: weights.array(name).tobytes() for name in todo.dropped}
     written = {name: hash_ for unit in done.values() for name, hash_ in unit.written.items()}
     read = {name: hash_ for unit in done.values() for name, hash_ in unit.read.items()}
-    read |= {name: content_hash(data) for name, data in dropped.items()}
+    kept = {name: data for unit in done.values() for name, data in unit.kept.items()}
     over = {name: n for unit in done.values() for name, n in unit.overflowed.items()}
     under = {name: n for unit in done.values() for name, n in unit.underflowed.items()}
     manifest = Manifest(
@@ -224,10 +247,13 @@ def _finish_conversion(
             for t in todo.tensors
             if t.name in over or t.name in under
         },
-        dropped={name: DroppedRecord(todo.dropped[name], data.hex()) for name, data in dropped.items()},
+        dropped={name: DroppedRecord(reason, kept[name]) for name, reason in todo.dropped.items()},
         published_files={
             name: PublishedFile(
-                file.nbytes, file.head[8:].decode("utf-8"), file_hash(file.head, file.tensors, read)
+                file.nbytes,
+                file.head[8:].decode("utf-8"),
+                file_hash(file.head, file.tensors, read),
+                weights.sha256(name),
             )
             for name, file in weights.files.items()
         },

@@ -14,18 +14,13 @@ from threading import Event, Lock
 
 import blake3
 
-from .converted import Progress
 from .journal import Done, Journal
 from .planning import PlannedFile
-from .source_files import SourceFiles
-from .storage import PartFile
+from .source_files import SourceFiles, Stopped
+from .storage import PartFile, Progress
 from .tensor_io import Buffers
 from .transforms import PIECE_BYTES
 from .work import Unit
-
-
-class _Stopped(Exception):
-    """Another thread has failed, or the user wants an end."""
 
 
 class Engine:
@@ -70,7 +65,7 @@ class Engine:
                     self._stop.set()
                     self._sources.stop()
             errors = [e for future in futures if (e := future.exception())]
-            for error in sorted(errors, key=lambda e: isinstance(e, _Stopped)):
+            for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
                 raise error
         finally:
             for part in self._parts.values():
@@ -130,6 +125,6 @@ class Engine:
 
     def _tick(self, nbytes: int) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise Stopped
         with self._lock:
             self._progress(nbytes)

@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import ConversionError, EnvironmentProblem
 from .manifest import plain_name
 from .safetensors_file import head_bytes, short
+from .storage import Progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -153,7 +154,9 @@ def read_head(repository: HubRepository, name: str) -> bytes:
     return head[:n] if n <= len(head) else first(n)
 
 
-def download(repository: HubRepository, name: str, directory: Path | None = None) -> Path:
+def download(
+    repository: HubRepository, name: str, directory: Path | None = None, progress: Progress | None = None
+) -> Path:
     """A file on the disk, whole and as published.
 
     A weights file that an earlier call left unfinished goes on where it was. The exception is a Hub that announces
@@ -162,6 +165,8 @@ def download(repository: HubRepository, name: str, directory: Path | None = None
     Args:
         directory: where to put a file that is not kept; an unfinished one is ``NAME….part`` there, and Xet leaves a
             folder ``.cache``. None is the Hub's cache. A directory is not filled from it: ask :func:`cached` first.
+        progress: called with the number of bytes that came since its last call, for a weights file over plain HTTP;
+            what it raises ends the download, which the next call goes on with.
 
     Raises:
         ConversionError: there is no such file, the Hub refuses access to it, or what came is not what it publishes.
@@ -176,10 +181,12 @@ def download(repository: HubRepository, name: str, directory: Path | None = None
     elif _holds(directory / name, file):
         return directory / name
     with _problems(repository.repo, repository.revision, name):
-        return _download(repository, file, directory)
+        return _download(repository, file, directory, progress)
 
 
-def _download(repository: HubRepository, file: HubFile, directory: Path | None) -> Path:
+def _download(
+    repository: HubRepository, file: HubFile, directory: Path | None, progress: Progress | None
+) -> Path:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     url = hf_hub_url(repository.repo, file.name, revision=repository.commit)
@@ -188,21 +195,16 @@ def _download(repository: HubRepository, file: HubFile, directory: Path | None) 
     if directory is not None and not by_xet:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / file.name
-        _fetch(url, file, path, directory / f"{file.name}.{(file.sha256 or '')[:16]}.part")
+        _fetch(url, file, path, directory / f"{file.name}.{(file.sha256 or '')[:16]}.part", progress)
         return path
     if file.sha256 is not None and not by_xet:
         # The library finds the content there, and only gives it its name in the snapshot.
         blob = _cache_folder(repository.repo) / "blobs" / file.sha256
         blob.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, file, blob, blob.with_suffix(".incomplete"))
+        _fetch(url, file, blob, blob.with_suffix(".incomplete"), progress)
     path = Path(hf_hub_download(repository.repo, file.name, revision=repository.commit, local_dir=directory))
     if by_xet or file.sha256 is None:
-        try:
-            _check(path, file)
-        except ConversionError:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise
+        check_cached(path, file)
     if directory is None:
         _remember(repository)
     return path
@@ -220,13 +222,29 @@ def _remember(repository: HubRepository) -> None:
             ref.write_text(repository.commit)
 
 
-def _fetch(url: str, file: HubFile, final: Path, part: Path) -> None:
+class _Counted:
+    """A file that tells how much is written to it."""
+
+    def __init__(self, file: BinaryIO, progress: Progress):
+        self._file = file
+        self._progress = progress
+
+    def write(self, data: bytes) -> int:
+        self._progress(len(data))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _fetch(url: str, file: HubFile, final: Path, part: Path, progress: Progress | None) -> None:
     """Downloads to `part`, on from where it ends, and gives it its final name when it is whole and right."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     with _exclusive(part) as f:
+        counted: Any = _Counted(f, progress) if progress else f
         if _holds(final, file):  # another process was faster
             part.unlink()
             return
@@ -238,7 +256,7 @@ def _fetch(url: str, file: HubFile, final: Path, part: Path) -> None:
             try:
                 http_get(
                     url,
-                    f,
+                    counted,
                     resume_size=have,
                     headers=build_hf_headers(),
                     expected_size=file.nbytes,
@@ -292,6 +310,20 @@ def _holds(path: Path, file: HubFile) -> bool:
     return True
 
 
+def check_cached(path: Path, file: HubFile) -> None:
+    """Reads a file, of the Hub's cache or downloaded by its library, if its SHA-256 is published.
+
+    Raises:
+        ConversionError: it is not what the Hub publishes; it was removed.
+    """
+    try:
+        _check(path, file)
+    except ConversionError:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _check(path: Path, file: HubFile) -> None:
     """Raises ConversionError: it is not what the Hub publishes."""
     nbytes = path.stat().st_size
@@ -307,7 +339,7 @@ def _check(path: Path, file: HubFile) -> None:
             return
         has, wanted = f"SHA-256 {digest.hexdigest()}", file.sha256
     raise ConversionError(
-        f"{file.name}: what came has {has}, the Hub publishes {wanted}; it was removed, so run the same command "
+        f"{file.name}: what is there has {has}, the Hub publishes {wanted}; it was removed, so run the same command "
         "again, and without a mirror or proxy if that ends here too"
     )
 

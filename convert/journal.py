@@ -11,8 +11,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,19 +23,22 @@ from .manifest import plain_name
 from .storage import part_path
 
 JOURNAL = "conversion.partial.json"
+DOWNLOADS = "conversion.source"  # a folder beside it, of files that are removed after use
 
 
 @dataclass(frozen=True)
 class Done:
     """A finished unit: BLAKE3 of the tensors that it wrote and of those that it read, by their names.
 
-    `overflowed` and `underflowed` count, by target, the values that became the largest finite one or 0.
+    `overflowed` and `underflowed` count, by target, the values that became the largest finite one or 0. `kept` is the
+    content, in hexadecimal, of tensors that are dropped.
     """
 
     written: Mapping[str, str]
-    read: Mapping[str, str]
-    overflowed: Mapping[str, int]
-    underflowed: Mapping[str, int]
+    read: Mapping[str, str] = field(default_factory=dict)
+    overflowed: Mapping[str, int] = field(default_factory=dict)
+    underflowed: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 class Journal:
@@ -85,10 +89,12 @@ class Journal:
     def clear(self) -> None:
         """Removes what the work has written, the journal last."""
         remove_files(self._path.parent, self._files)
+        shutil.rmtree(self._path.parent / DOWNLOADS, ignore_errors=True)
         self._path.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """The work is done and everything is under its name."""
+        shutil.rmtree(self._path.parent / DOWNLOADS, ignore_errors=True)
         self._path.unlink()
 
     def close(self) -> None:
@@ -118,7 +124,7 @@ class Journal:
             os.close(fd)  # of a run that ended between our open and our lock
 
     def _check_strangers(self, directory: Path) -> None:
-        mine = {JOURNAL, *self._files, *(part_path(Path(name)).name for name in self._files)}
+        mine = {JOURNAL, DOWNLOADS, *self._files, *(part_path(Path(name)).name for name in self._files)}
         strangers = sorted(path.name for path in directory.iterdir() if path.name not in mine)
         if strangers:
             raise ConversionError(
@@ -145,8 +151,7 @@ def _parse(content: bytes) -> tuple[dict[str, Any] | None, dict[str, Done], int]
                     break
                 head = {"identity": value["identity"], "files": list(value["files"])}
             else:
-                maps = [dict(value[f]) for f in ("written", "read", "overflowed", "underflowed")]
-                units[str(value["unit"])] = Done(*maps)
+                units[str(value["unit"])] = Done(**{f.name: dict(value[f.name]) for f in fields(Done)})
         except (ValueError, KeyError, TypeError, RecursionError):
             break
         end += len(line) + 1

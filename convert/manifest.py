@@ -68,12 +68,14 @@ class DroppedRecord:
 class PublishedFile:
     """A shard of the source: with its header's text, the way back restores it byte for byte.
 
-    `hash` is BLAKE3 of its first 8 + n bytes and the BLAKE3 of each of its tensors, in the header's order.
+    `hash` is BLAKE3 of its first 8 + n bytes and the BLAKE3 of each of its tensors, in the header's order; `sha256` what
+    the Hub publishes, and what was checked.
     """
 
     nbytes: int
     header: str
     hash: str
+    sha256: str | None
 
 
 def file_hash(head: bytes, tensors: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
@@ -157,6 +159,7 @@ def plain_name(name: str) -> bool:
 _CHECKS: dict[str, Any] = {
     "int": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
     "str": lambda v: isinstance(v, str),
+    "str | None": lambda v: v is None or isinstance(v, str),
     "tuple[int, ...]": lambda v: isinstance(v, list) and all(map(_CHECKS["int"], v)),
     "tuple[str, ...]": lambda v: isinstance(v, list) and all(map(_CHECKS["str"], v)),
 }

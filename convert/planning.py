@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; headers are left out, they follow from the rest."""
-        plan = asdict(self)
+        fixed = replace(self, source=replace(self.source, repository=None))
+        plan = asdict(fixed)
+        del plan["source"]["repository"]
         plan["source"]["directory"] = str(self.source.directory)
         for file in plan["files"]:
             del file["head"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from . import mapping
+from . import hub, mapping
 from .errors import ConversionError
 from .manifest import content_hash, plain_name
 from .mapping import Entry, Spec
@@ -30,7 +31,7 @@ class PublishedWeights(Weights):
 
     Attributes:
         index: the text of its index file, or None.
-        files: its safetensors files by name.
+        files: its safetensors files by name. Those of the Hub may be elsewhere still; see :meth:`fetch`.
         specs: its tensors by their published names.
         entries: the rows of the table that it fills.
 
@@ -40,7 +41,7 @@ class PublishedWeights(Weights):
 
     def __init__(self, source: Source):
         super().__init__(source)
-        self.index, self.files = open_checkpoint(source.directory)
+        self.index, self.files = open_checkpoint(source)
         self._file_of = {name: file for file in self.files.values() for name in file.tensors}
         self.specs = {
             name: Spec(info.shape, info.dtype.name)
@@ -73,6 +74,13 @@ class PublishedWeights(Weights):
         """A published tensor as it is in its file, read-only."""
         return self._file_of[published].array(published)
 
+    def fetch(self) -> None:
+        """Downloads all files that are not there. Raises EnvironmentProblem: they cannot be downloaded."""
+        if repository := self.source.repository:
+            for name, file in self.files.items():
+                if not file.attached:
+                    file.attach(hub.download(repository, name))
+
     def place(self, published: str) -> Place:
         """Where a published tensor is in its file."""
         return self._file_of[published].place(published)
@@ -81,10 +89,17 @@ class PublishedWeights(Weights):
         """The name of the file that holds a published tensor."""
         return self._file_of[published].name
 
+    def sha256(self, file: str) -> str | None:
+        """Of a file, where the Hub publishes it."""
+        repository = self.source.repository
+        return repository.file(file).sha256 if repository else None
+
     def fingerprint(self) -> list[tuple[str, int, str]]:
         """Tells this checkpoint from others, and from itself after a change, without reading its tensors."""
+        on_hub = self.source.repository is not None  # where a commit never changes
         return [
-            (name, file.status().st_mtime_ns, content_hash(file.head)) for name, file in self.files.items()
+            (name, 0 if on_hub else file.status().st_mtime_ns, content_hash(file.head))
+            for name, file in self.files.items()
         ]
 
     def other_files(self) -> list[str]:
@@ -92,26 +107,34 @@ class PublishedWeights(Weights):
         return sorted(
             path.name
             for path in self.directory.iterdir()
-            if path.is_file()
-            and (path.suffix in OTHER_SUFFIXES or path.name.startswith(OTHER_NAMES))
-            and not path.name.startswith(".")
-            and not path.name.endswith(".index.json")
+            if beside_the_weights(path.name) and self.source.path(path.name).is_file()
         )
 
 
-def open_checkpoint(directory: Path) -> tuple[str | None, dict[str, SafetensorsFile]]:
+def beside_the_weights(name: str) -> bool:
+    """Whether a file of this name is configuration, tokenizer, code, licence or the like."""
+    return (
+        (name.endswith(OTHER_SUFFIXES) or name.startswith(OTHER_NAMES))
+        and not name.startswith(".")
+        and not name.endswith(".index.json")
+    )
+
+
+def open_checkpoint(source: Source) -> tuple[str | None, dict[str, SafetensorsFile]]:
     """The index's text (None without one) and all safetensors files of a published checkpoint.
 
     Raises:
         ConversionError: there are none, or index and files contradict each other.
     """
-    if not (directory / INDEX).is_file():
-        if (directory / SINGLE).is_file():
-            return None, {SINGLE: SafetensorsFile(directory / SINGLE)}
-        raise ConversionError(_no_weights(directory))
-    text, weight_map = _index(directory / INDEX)
-    files = {name: SafetensorsFile(directory / name) for name in sorted(set(weight_map.values()))}
-    if SINGLE not in files and (directory / SINGLE).is_file():
+    directory, repository = source.directory, source.repository
+    there = repository.files if repository else {path.name for path in directory.iterdir()}
+    if INDEX not in there:
+        if SINGLE in there:
+            return None, {SINGLE: _open(source, SINGLE)}
+        raise ConversionError(_no_weights(directory, there))
+    text, weight_map = _index(source.path(INDEX))
+    files = {name: _open(source, name) for name in sorted(set(weight_map.values()))}
+    if SINGLE not in files and SINGLE in there:
         raise ConversionError(
             f"{directory}: holds both {SINGLE} and {INDEX}, which names other files; remove the one not meant"
         )
@@ -130,6 +153,13 @@ def open_checkpoint(directory: Path) -> tuple[str | None, dict[str, SafetensorsF
     return text, files
 
 
+def _open(source: Source, name: str) -> SafetensorsFile:
+    repository = source.repository
+    if repository is None:
+        return SafetensorsFile(source.path(name))
+    return SafetensorsFile.described(name, hub.read_head(repository, name), repository.file(name).nbytes)
+
+
 def _index(path: Path) -> tuple[str, dict[str, str]]:
     try:
         text = path.read_bytes().decode("utf-8")
@@ -146,8 +176,8 @@ def _index(path: Path) -> tuple[str, dict[str, str]]:
     return text, weight_map
 
 
-def _no_weights(directory: Path) -> str:
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+def _no_weights(directory: Path, there: Iterable[str]) -> str:
+    pickles = sorted(name for name in there if name.endswith(PICKLE_SUFFIXES))
     if pickles:
         return (
             f"{directory / pickles[0]}: is a pickle, which can run code when it is opened, so it never is; "

@@ -14,7 +14,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -94,6 +94,9 @@ class SafetensorsFile:
         ConversionError: the file is missing, truncated, or no safetensors file.
     """
 
+    _file: BinaryIO | None
+    _map: mmap.mmap | None
+
     def __init__(self, path: Path):
         if not path.exists():
             raise ConversionError(f"{path.name}: is not in {path.parent}; download it again")
@@ -106,6 +109,7 @@ class SafetensorsFile:
     def described(cls, name: str, head: bytes, nbytes: int) -> SafetensorsFile:
         """A file that is elsewhere, by its first bytes and its size; :meth:`attach` it before its content is read."""
         file = cls.__new__(cls)
+        file._map = file._file = None
         file._describe(name, head, nbytes)
         return file
 
@@ -118,29 +122,47 @@ class SafetensorsFile:
                 f"{self.name}: is not the file that its header announced; download it again"
             )
 
+    def detach(self) -> None:
+        """Gives the content up; it can be attached again."""
+        if self._file:
+            self._file.close()
+        self._map = self._file = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether its content can be read."""
+        return self._file is not None
+
     def array(self, name: str) -> np.ndarray:
         info = self.tensors[name]
+        assert self._map, f"{self.name} is not there"
         flat = np.frombuffer(self._map, info.dtype, info.nbytes // info.dtype.itemsize, info.offset)
         return flat.reshape(info.shape)
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from `offset` on. Raises OSError, ConversionError: the file has become shorter."""
-        read_at(self._file.fileno(), offset, buffer, self.name)
+        read_at(self._descriptor, offset, buffer, self.name)
 
     def place(self, name: str) -> Place:
         info = self.tensors[name]
         return Place(name, address(self.array(name)), info.nbytes, self, info.offset)
 
     def status(self) -> os.stat_result:
-        return os.fstat(self._file.fileno())
+        return os.fstat(self._descriptor)
+
+    @property
+    def _descriptor(self) -> int:
+        assert self._file, f"{self.name} is not there"
+        return self._file.fileno()
 
     def _open(self, path: Path) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 (it stays open as long as this lives)
         self.nbytes = self.status().st_size
         if self.nbytes:
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
 
     def _read_head(self, name: str) -> bytes:
+        assert self._file
         field = self._file.read(8)
         return field + self._file.read(head_bytes(field, self.nbytes, name) - 8)
 

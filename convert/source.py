@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from . import hub
 from .converted import ConvertedWeights
-from .errors import ConversionError, EnvironmentProblem
+from .errors import ConversionError
 from .journal import JOURNAL
 from .manifest import MANIFEST
-from .published import INDEX, OTHER_NAMES, OTHER_SUFFIXES, PublishedWeights
+from .published import INDEX, PublishedWeights, beside_the_weights
 from .weights import Source, Weights
 
-__all__ = ["Source", "Weights", "open_source", "open_weights", "resolve"]
+__all__ = ["Source", "Weights", "fetch", "open_source", "open_weights", "resolve"]
 
 DEFAULT_MODEL = "moonshotai/Kimi-VL-A3B-Instruct"
 
@@ -33,11 +34,19 @@ def open_weights(src: str | Path, revision: str | None = None) -> Weights:
         ConfigError: its ``config.json`` is missing, or not Kimi-VL's.
         EnvironmentProblem: it cannot be downloaded.
     """
-    return open_source(resolve(src, revision))
+    return fetch(resolve(src, revision))
+
+
+def fetch(source: Source) -> Weights:
+    """As :func:`open_weights`, for a SRC that was found already: its directory then holds all its files."""
+    weights = open_source(source)
+    if isinstance(weights, PublishedWeights):
+        weights.fetch()
+    return weights
 
 
 def open_source(source: Source) -> Weights:
-    """As :func:`open_weights`, for a SRC that was found already."""
+    """As :func:`fetch`, but files of the Hub may be elsewhere still."""
     directory = source.directory
     if (directory / MANIFEST).is_file():
         return ConvertedWeights(source)
@@ -46,15 +55,14 @@ def open_source(source: Source) -> Weights:
     return PublishedWeights(source)
 
 
-def resolve(src: str | Path, revision: str | None = None, download: bool = True) -> Source:
+def resolve(src: str | Path, revision: str | None = None, only_headers: bool = False) -> Source:
     """Where SRC is; a directory wins over other meanings of its name.
 
-    Args:
-        download: whether what is not in the Hub's local cache is fetched.
+    Of a Hub repository all small files are downloaded, or with `only_headers` just those that a plan is made from.
 
     Raises:
         ConversionError: there is no such thing.
-        EnvironmentProblem: it cannot be downloaded, or `download` is false and it is not in the cache.
+        EnvironmentProblem: the Hub cannot be reached, and the local cache does not have it.
     """
     path = Path(src)
     on_hub = isinstance(src, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", src) and not path.exists()
@@ -69,40 +77,21 @@ def resolve(src: str | Path, revision: str | None = None, download: bool = True)
 
         return Source(Path(nano_path()), "nano")
     if on_hub:
-        return _hub(str(src), revision, download)
+        return _from_hub(str(src), revision, only_headers)
     raise ConversionError(
         f"{src}: there is no such directory; expected a published or converted checkpoint, "
         "'nano', or a Hub repository as in " + DEFAULT_MODEL
     )
 
 
-def _hub(repo: str, revision: str | None, download: bool) -> Source:
-    try:
-        from huggingface_hub import errors as hub
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise EnvironmentProblem(
-            f"{repo}: is no directory, and to take it from the Hub the package huggingface_hub is needed"
-        ) from None
-    wanted = ["*.safetensors", INDEX, *(f"*{s}" for s in OTHER_SUFFIXES), *(f"{n}*" for n in OTHER_NAMES)]
-    try:
-        path = snapshot_download(
-            repo, revision=revision, allow_patterns=wanted, local_files_only=not download
-        )
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as e:
+def _from_hub(repo: str, revision: str | None, only_headers: bool) -> Source:
+    repository = hub.look_up(repo, revision)
+    wanted = (
+        {"config.json", INDEX} if only_headers else {INDEX, *filter(beside_the_weights, repository.files)}
+    )
+    if "config.json" not in repository.files:
         raise ConversionError(
-            f"{repo}: is neither a directory nor a repository of the Hub at revision {revision or 'main'} "
-            f"({_first_line(e)})"
-        ) from None
-    except Exception as e:  # of the client's HTTP library, which differs between versions
-        if download:
-            why = f"cannot be downloaded from the Hub ({_first_line(e)})"
-        else:
-            why = "is not in the Hub's local cache; run without --dry-run to download it"
-        raise EnvironmentProblem(f"{repo}: there is no such directory, and it {why}") from None
-    directory = Path(path)  # …/snapshots/COMMIT
-    return Source(directory, repo, directory.name)
-
-
-def _first_line(e: Exception) -> str:
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+            f"{repo}: has no config.json at {repository.revision}; expected a Kimi-VL checkpoint"
+        )
+    paths = [hub.download(repository, name) for name in sorted(wanted & set(repository.files))]
+    return Source(paths[0].parent, repo, repository.commit, repository)

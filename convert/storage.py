@@ -6,6 +6,7 @@ import errno
 import math
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ import numpy as np
 from .errors import ConversionError
 
 PART = ".part"
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes done since the last call."""
 
 
 class PartFile:

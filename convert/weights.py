@@ -7,7 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,36 @@ from typing import Any
 import numpy as np
 
 from ..modeling.configuration import ModelConfig
+from .errors import ConversionError
+from .hub import HubRepository
 
 
 @dataclass(frozen=True)
 class Source:
-    """A SRC that was found: its directory, its name without machine paths, and its commit if it is the Hub's."""
+    """A SRC that was found: its directory and its name without machine paths.
+
+    If it is the Hub's, also its commit and its repository; then the weights may not be in the directory yet.
+    """
 
     directory: Path
     name: str
     revision: str | None = None
+    repository: HubRepository | None = field(default=None, repr=False, compare=False)
+
+    def path(self, name: str) -> Path:
+        """A file of the directory.
+
+        Raises:
+            ConversionError: it is a link that leads out of the directory (of the Hub's cache, out of its repository).
+        """
+        path, home = self.directory / name, self.directory.resolve()
+        if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+            home = home.parent.parent
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise ConversionError(
+                f"{path}: is a link that leads out of its directory; put the file itself there, if you trust it"
+            )
+        return path
 
 
 class Weights(ABC):
@@ -36,10 +57,9 @@ class Weights(ABC):
 
     def __init__(self, source: Source):
         self.source = source
+        path = source.path("config.json")
         self._config = ModelConfig.from_file(source.directory)
-        self.raw_config: dict[str, Any] = json.loads(
-            (self.directory / "config.json").read_text(encoding="utf-8")
-        )
+        self.raw_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
 
     @property
     def directory(self) -> Path:

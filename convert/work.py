@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import blake3
 import numpy as np
 
-from .converted import ConvertedWeights, Progress
+from .converted import ConvertedWeights
 from .errors import ConversionError
 from .journal import Done
+from .manifest import content_hash
 from .mapping import Entry
 from .planning import Plan, PlannedTensor
 from .published import PublishedWeights
-from .storage import PartFile
+from .storage import PartFile, Progress
 from .tensor_io import Buffers, Place, TensorReader, TensorWriter, address
 from .transforms import DTYPES, Block, Losses, scatter, stream
 
@@ -30,13 +31,10 @@ Parts = Callable[[str], PartFile]
 class Unit:
     """What writes `targets` from the source's `files`; `run` gives the hashes of all that it read and wrote."""
 
+    name: str
     targets: tuple[PlannedTensor, ...]
     files: frozenset[str]
     run: Callable[[Parts, Buffers, Progress], Done]
-
-    @property
-    def name(self) -> str:
-        return self.targets[0].name
 
     @property
     def nbytes(self) -> int:
@@ -47,10 +45,10 @@ def conversion_units(todo: Plan, weights: PublishedWeights, allow_overflow: bool
     """Published to ours, in the table's order."""
     places = {tensor.name: tensor for tensor in todo.tensors}
     for entry in weights.entries:
-        if entry.ours:
-            targets = tuple(places[side.name] for side in entry.ours)
-            files = frozenset(weights.file_of(side.name) for side in entry.published)
-            yield Unit(targets, files, _Conversion(entry, targets, weights, allow_overflow))
+        targets = tuple(places[side.name] for side in entry.ours)
+        files = frozenset(weights.file_of(side.name) for side in entry.published)
+        run = _Conversion(entry, targets, weights, allow_overflow) if targets else _Keeping(entry, weights)
+        yield Unit(entry.published[0].name, targets, files, run)
 
 
 def reversal_units(todo: Plan, weights: ConvertedWeights) -> Iterator[Unit]:
@@ -59,7 +57,7 @@ def reversal_units(todo: Plan, weights: ConvertedWeights) -> Iterator[Unit]:
     for entry in weights.published_entries:
         targets = tuple(places[side.name] for side in entry.published)
         files = frozenset(weights.location(side.name)[0] for side in entry.ours)
-        yield Unit(targets, files, _Reversal(entry, targets, weights))
+        yield Unit(entry.published[0].name, targets, files, _Reversal(entry, targets, weights))
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,20 @@ class _Conversion:
 
 
 @dataclass(frozen=True)
+class _Keeping:
+    """Of tensors that are dropped: their content, for the way back."""
+
+    entry: Entry
+    weights: PublishedWeights
+
+    def __call__(self, parts: Parts, buffers: Buffers, progress: Progress) -> Done:
+        places = [self.weights.place(side.name) for side in self.entry.published]
+        reader = TensorReader(places, buffers)
+        kept = {p.name: reader(self.weights.array(p.name)).tobytes().hex() for p in places}
+        return Done({}, reader.hashes(), kept=kept)
+
+
+@dataclass(frozen=True)
 class _Reversal:
     entry: Entry
     targets: tuple[PlannedTensor, ...]
@@ -130,7 +142,7 @@ class _Reversal:
             self.weights.check_hash(name, hash_)
         for target in self.targets:
             parts(target.file).start_writeback(target.offset, target.nbytes)
-        return Done(writer.hashes(), {}, {}, {})
+        return Done(writer.hashes())
 
     def _put_back(self, parts: Parts, progress: Progress) -> Done:
         """A dropped tensor, whose content the manifest keeps."""
@@ -138,7 +150,7 @@ class _Reversal:
         data = bytes.fromhex(self.weights.manifest.dropped[target.name].data)
         parts(target.file).write(target.offset, data)
         progress(len(data))
-        return Done({target.name: blake3.blake3(data).hexdigest()}, {}, {}, {})
+        return Done({target.name: content_hash(data)})
 
 
 def _width(blocks: list[list[Block]]) -> int:

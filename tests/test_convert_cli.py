@@ -15,7 +15,7 @@ from checkpoints import DATA, INDEX, TINY, configuration, content, tensors, writ
 from click.testing import CliRunner
 
 import kimi_vl
-from kimi_vl.convert import ConversionError, EnvironmentProblem, open_weights
+from kimi_vl.convert import open_weights
 from kimi_vl.convert.cli import cli
 
 HEAVY = ("torch", "mindspore", "transformers", "huggingface_hub")
@@ -218,47 +218,3 @@ def test_the_hub_cache_is_a_source(cache, tmp_path):
     manifest = json.loads((tmp_path / "x/conversion.json").read_text())
     assert manifest["source"] == "someone/Small-Kimi"
     assert manifest["revision"] == "0123456789abcdef0123456789abcdef01234567"
-
-
-def test_the_dry_run_downloads_nothing(cache):
-    status, _, err, *_ = measured("--src", "someone/Other-Kimi", "--dry-run", env=cache)
-    assert status == 3
-    assert err.strip().splitlines()[-1] == (
-        "convert-weights: someone/Other-Kimi: there is no such directory, and it is not in the Hub's local cache; "
-        "run without --dry-run to download it"
-    )
-
-
-def test_what_the_hub_answers(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = {}
-
-    def download(repo, **options):
-        asked.update(options, repo=repo)
-        return str(TINY)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    weights = open_weights("someone/Small-Kimi", revision="v1")
-    assert weights.directory == TINY
-    assert (asked["repo"], asked["revision"], asked["local_files_only"]) == (
-        "someone/Small-Kimi",
-        "v1",
-        False,
-    )
-    assert not any(pattern in asked["allow_patterns"] for pattern in ("*", "*.bin"))
-
-    def invalid(repo, **options):
-        raise hub.errors.HFValidationError("bad name\nmore")
-
-    monkeypatch.setattr(hub, "snapshot_download", invalid)
-    with pytest.raises(
-        ConversionError, match=r"neither a directory nor a repository of the Hub .* \(bad name\)$"
-    ):
-        open_weights("someone/Small-Kimi")
-
-    def unreachable(repo, **options):
-        raise hub.errors.LocalEntryNotFoundError("no connection\nmore")
-
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
-    with pytest.raises(EnvironmentProblem, match=r"cannot be downloaded from the Hub \(no connection\)$"):
-        open_weights("someone/Small-Kimi")

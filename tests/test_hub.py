@@ -314,7 +314,7 @@ def test_other_content_than_published_is_not_kept(server, tmp_path, into):
     with pytest.raises(ConversionError) as e:
         hub.download(repository, WEIGHTS, directory)
     sha256 = repository.files[WEIGHTS].sha256
-    assert sha256 in str(e.value) and "what came has SHA-256" in str(e.value)
+    assert sha256 in str(e.value) and "what is there has SHA-256" in str(e.value)
     assert not any(p.is_file() and p.stat().st_size > 1000 for p in tmp_path.rglob("*"))
     server.corrupt.clear()
     assert hub.download(repository, WEIGHTS, directory).read_bytes() == CONTENT
@@ -329,7 +329,7 @@ def test_a_damaged_rest_of_an_earlier_call_is_found(server, tmp_path):
     (part,) = tmp_path.glob("*.part")
     part.write_bytes(b"\1" + part.read_bytes()[1:])
     server.faults.clear()
-    with pytest.raises(ConversionError, match="what came has SHA-256"):
+    with pytest.raises(ConversionError, match="what is there has SHA-256"):
         hub.download(repository, WEIGHTS, tmp_path)
     assert hub.download(repository, WEIGHTS, tmp_path).read_bytes() == CONTENT
 
@@ -555,7 +555,7 @@ def test_xet_is_left_to_the_library(server, monkeypatch, tmp_path):
     assert hub.download(repository, WEIGHTS, tmp_path / "a") == tmp_path / "a" / WEIGHTS
     assert calls == [(REPO, WEIGHTS, repository.commit, tmp_path / "a")]
     content = weights(seed=1)
-    with pytest.raises(ConversionError, match="what came has SHA-256"):
+    with pytest.raises(ConversionError, match="what is there has SHA-256"):
         hub.download(repository, WEIGHTS, tmp_path / "b")
     assert list((tmp_path / "b").iterdir()) == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)

@@ -119,9 +119,9 @@ def _verify(
     from .prompts import has_processor
 
     thresholds = load_profile(profile)
-    reference = _source("--reference", source, download=not dry_run)
+    reference = _source("--reference", source, whole=not dry_run)
     directory = reference.directory
-    found = inspect(_source("--candidate", candidate, download=False).directory)
+    found = inspect(_source("--candidate", candidate, whole=False).directory)
     config = require_same_model(directory, found)
     plans = select(suite(config, found.limits), names)
     real = has_processor(directory)
@@ -180,13 +180,16 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
     return merged(run, provenance(directory, found, started))
 
 
-def _source(option: str, value: str, download: bool) -> Any:
-    """What SRC means (see `convert.source.resolve`); errors name the option."""
+def _source(option: str, value: str, whole: bool) -> Any:
+    """What SRC means (see `convert.source.resolve`), with `whole` all its files downloaded; errors name the option."""
     from ..convert.errors import ConversionError
-    from ..convert.source import resolve
+    from ..convert.source import fetch, resolve
 
     try:
-        return resolve(value, download=download)
+        found = resolve(value)
+        if whole:
+            fetch(found)
+        return found
     except ConversionError as e:
         raise ConversionError(f"{option} {e}") from None
 
