@@ -8,6 +8,7 @@ what would be written, `converter` writes it (`storage`, `dual_format`, `manifes
 
 from __future__ import annotations
 
+from .checking import check
 from .converter import convert, plan, revert
 from .errors import ConversionError, EnvironmentProblem
 from .planning import Plan
@@ -18,6 +19,7 @@ __all__ = [
     "EnvironmentProblem",
     "Plan",
     "Weights",
+    "check",
     "convert",
     "open_weights",
     "plan",

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from ..modeling.configuration import ConfigError
+from .checking import check
 from .converter import (
     ROOM,
     WORKERS,
@@ -29,6 +30,7 @@ from .planning import DEFAULT_SHARD_BYTES, DTYPE_NAMES, Plan, plan_conversion, p
 from .source import DEFAULT_MODEL, resolve
 from .weights import Weights
 
+GIVEN = click.core.ParameterSource.COMMANDLINE
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 EPILOG = """\b
@@ -38,6 +40,7 @@ Examples:
   convert-weights --src nano --dst ./ckpt --dtype fp32
   convert-weights --src ./Kimi-VL-A3B-Instruct --dry-run
   convert-weights --reverse --src ./ckpt --dst ./published
+  convert-weights check ./ckpt
 
 \b
 Exit status:
@@ -63,13 +66,15 @@ class Size(click.ParamType):
         return int(size)
 
 
-@click.command(
+@click.group(
+    invoke_without_command=True,
+    subcommand_metavar="[check DIR]",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+@click.pass_context
 @click.option(
     "--src",
-    required=True,
     metavar="SRC",
     help="Published directory, Hub repo id, nano, or hf: the Hub's --model.",
 )
@@ -115,7 +120,8 @@ class Size(click.ParamType):
     help="Lines of JSON on stdout (plan, progress, done), all else on stderr.",
 )
 def cli(
-    src: str,
+    context: click.Context,
+    src: str | None,
     dst: str | None,
     model: str | None,
     revision: str | None,
@@ -135,6 +141,15 @@ def cli(
     configuration and tokenizer files, and conversion.json with a hash of every tensor. With --reverse it becomes the
     published checkpoint again, bit for bit. Needs neither MindSpore nor Torch.
     """
+    if context.invoked_subcommand:
+        given = [
+            p.opts[0] for p in context.command.params if context.get_parameter_source(p.name or "") == GIVEN
+        ]
+        if given:
+            raise click.UsageError(f"{given[0]} has no place before {context.invoked_subcommand}.")
+        return
+    if src is None:
+        raise click.UsageError("Missing option '--src'.")
     if dst is None and not dry_run:
         raise click.UsageError("Missing option '--dst'.")
     if reverse:
@@ -186,6 +201,32 @@ def cli(
                     progress=report.progress,
                     came=report.came,
                 )
+
+
+@cli.command("check")
+@click.argument("directory", metavar="DIR")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=WORKERS, show_default=True, help="Threads that read."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")
+def check_command(directory: str, workers: int, as_json: bool) -> None:
+    """Reads a converted directory against its manifest, and names every file and tensor that is damaged.
+
+    Exit status 0: all is as it was written; 2: something is damaged.
+    """
+    from tqdm import tqdm
+
+    with _errors():
+        # disable=None: no bar where nobody looks
+        with tqdm(unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+            damaged = check(directory, workers, bar.update)
+        for sentence in damaged:
+            click.echo(f"damaged    {sentence}", err=as_json)
+        if as_json:
+            click.echo(json.dumps({"directory": directory, "damaged": damaged}))
+        if damaged:
+            raise ConversionError(f"{directory}: {len(damaged)} damaged; convert the checkpoint again")
+        click.echo(f"done       {directory} is as it was written", err=as_json)
 
 
 class _Report:

@@ -13,13 +13,12 @@ from .errors import ConversionError
 from .manifest import MANIFEST, Manifest, TensorRecord, content_hash
 from .mapping import Entry, Spec
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
-from .storage import Progress
 from .tensor_io import Place
 from .weights import Source, Weights
 
 
 class ConvertedWeights(Weights):
-    """A converted checkpoint. Opening it checks sizes, headers and names; :meth:`verify_hashes` its content.
+    """A converted checkpoint. Opening it checks sizes, headers and names, not its content.
 
     Attributes:
         manifest: its ``conversion.json``.
@@ -76,14 +75,6 @@ class ConvertedWeights(Weights):
                 raise ConversionError(
                     f"{self.directory / name}: was changed after the conversion; convert the checkpoint again"
                 )
-
-    def verify_hashes(self, progress: Progress | None = None) -> None:
-        """Reads everything. Raises ConversionError: a file or tensor is not what was written."""
-        self.verify_files()
-        for name in self.names():
-            self.check_hash(name, content_hash(self.read(name).reshape(-1).view(np.uint8)))
-            if progress:
-                progress(self.manifest.tensors[name].nbytes)
 
     def check_hash(self, name: str, hash_: str) -> None:
         """Raises ConversionError: a tensor's content, which `hash_` is of, is not what was written."""

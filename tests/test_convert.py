@@ -25,6 +25,7 @@ from safetensors import safe_open
 from kimi_vl.convert import (
     ConversionError,
     EnvironmentProblem,
+    check,
     convert,
     converter,
     open_weights,
@@ -591,10 +592,10 @@ def flip(path, offset):
     path.write_bytes(data)
 
 
-def test_an_undamaged_directory_verifies(converted):
+def test_an_undamaged_directory_checks(converted):
     done = []
+    assert check(converted, progress=done.append) == []
     weights = open_weights(converted)
-    weights.verify_hashes(done.append)
     assert sum(done) == sum(weights.location(name)[2] for name in weights.names())
 
 
@@ -602,12 +603,33 @@ def test_an_undamaged_directory_verifies(converted):
 def test_a_flipped_bit_is_found_and_named(converted, tmp_path, name):
     path, offset = shard_of(converted, name)
     flip(path, offset + 17)
-    weights = open_weights(converted)
-    with pytest.raises(ConversionError, match=f"{path.name}: {name} is damaged"):
-        weights.verify_hashes()
+    assert check(converted) == [f"{path}: {name} is damaged, its content is not what was written"]
     with pytest.raises(ConversionError, match=f"{name}( is damaged|.*was it changed after the conversion)"):
         revert(converted, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_all_damage_is_found(converted):
+    for name in (HEAD, GATE):
+        flip(shard_of(converted, name)[0], shard_of(converted, name)[1])
+    (converted / "config.json").write_text((converted / "config.json").read_text() + " ")
+    (converted / "generation_config.json").unlink()
+    (converted / INDEX).write_text("{}")
+    found = [(Path(s.split(": ")[0]).name, s.split(": ")[1].split(" ")[0]) for s in check(converted)]
+    assert found == [
+        ("config.json", "was"),
+        ("generation_config.json", "is"),
+        (INDEX, "was"),
+        (shard_of(converted, GATE)[0].name, GATE),
+        (shard_of(converted, HEAD)[0].name, HEAD),
+    ]
+
+
+def test_only_converted_directories_are_checked(tmp_path):
+    with pytest.raises(ConversionError, match="has no conversion.json"):
+        check(TINY)
+    with pytest.raises(ConversionError, match="is no directory"):
+        check(tmp_path / "none")
 
 
 def respace_header(path):

@@ -218,3 +218,21 @@ def test_the_hub_cache_is_a_source(cache, tmp_path):
     manifest = json.loads((tmp_path / "x/conversion.json").read_text())
     assert manifest["source"] == "someone/Small-Kimi"
     assert manifest["revision"] == "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_check_finds_nothing_or_names_it(tmp_path):
+    ckpt = tmp_path / "ckpt"
+    run("--src", TINY, "--dst", ckpt)
+    result = run("check", ckpt)
+    assert (result.exit_code, result.output) == (0, f"done       {ckpt} is as it was written\n")
+    shard = ckpt / "model-00001-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = run("check", ckpt, "--json")
+    assert result.exit_code == 2
+    assert [s.split(": ")[0] for s in json.loads(result.stdout)["damaged"]] == [str(shard)]
+    assert result.stderr.splitlines()[-1].endswith("1 damaged; convert the checkpoint again")
+    assert run("check", TINY).exit_code == 2
+    result = run("--src", TINY, "check", ckpt)
+    assert (result.exit_code, "--src has no place before check" in result.stderr) == (2, True)
