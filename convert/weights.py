@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Source:
         path, home = self.directory / name, self.directory.resolve()
         if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
             home = home.parent.parent
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
+        # realpath, because resolve() raises where a link leads to itself
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
             raise ConversionError(
                 f"{path}: is a link that leads out of its directory; put the file itself there, if you trust it"
             )

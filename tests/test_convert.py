@@ -20,6 +20,7 @@ from checkpoints import (
     tensors,
     write_checkpoint,
 )
+from click.testing import CliRunner
 from safetensors import safe_open
 
 from kimi_vl.convert import (
@@ -32,6 +33,7 @@ from kimi_vl.convert import (
     plan,
     revert,
 )
+from kimi_vl.convert.cli import cli
 from kimi_vl.convert.manifest import Manifest
 from kimi_vl.modeling.configuration import ConfigError
 
@@ -487,6 +489,52 @@ BAD = {
         f"{GATE}: dtype int16, expected bfloat16, float16, float32",
     ),
 }
+
+
+def only_values(value, dtype=BF16):
+    """Fills a whole tensor."""
+
+    def change(directory):
+        data = bytearray((directory / FILE).read_bytes())
+        (n,) = struct.unpack("<Q", data[:8])
+        begin, end = json.loads(data[8 : 8 + n])[GATE]["data_offsets"]
+        data[8 + n + begin : 8 + n + end] = np.full((end - begin) // 2, value, dtype).tobytes()
+        (directory / FILE).write_bytes(data)
+
+    return change
+
+
+def link(name, to):
+    def change(directory):
+        if (directory / name).exists():
+            shutil.move(directory / name, directory.parent / "elsewhere")
+        (directory / name).symlink_to(to)
+
+    return change
+
+
+BAD |= {
+    "NaN-filled": (only_values(np.nan), f"{GATE}: holds 512 values that are no numbers (NaN)"),
+    "NaN-filled, negative": (only_values(-np.nan), f"{GATE}: holds 512 values that are no numbers (NaN)"),
+    "shard is a link that leads out": (
+        link(FILE, "../elsewhere"),
+        "is a link that leads out of its directory",
+    ),
+    "index is a link that leads out": (
+        link(INDEX, "../elsewhere"),
+        "is a link that leads out of its directory",
+    ),
+    "configuration is a link that leads out": (
+        link("config.json", "../elsewhere"),
+        "is a link that leads out of its directory",
+    ),
+    "another file is a link that leads out": (
+        link("notes.txt", "/etc/hostname"),
+        "notes.txt: is a link that leads out of its directory",
+    ),
+    "link to nowhere": (lambda d: ((d / FILE).unlink(), (d / FILE).symlink_to("gone")), f"{FILE}: is not in"),
+    "link to itself": (lambda d: ((d / FILE).unlink(), (d / FILE).symlink_to(FILE)), FILE),
+}
 BAD_CONFIG = {
     "another model": (
         lambda d: edit_config(d, lambda c: c.update(model_type="llama")),
@@ -503,13 +551,16 @@ BAD_CONFIG = {
 
 
 @pytest.mark.parametrize(("damage", "message"), (BAD | BAD_CONFIG).values(), ids=BAD | BAD_CONFIG)
-def test_a_bad_source_is_refused_in_one_sentence_before_anything_is_written(tiny, tmp_path, damage, message):
+def test_a_bad_source_is_refused_in_one_sentence_and_leaves_nothing(tiny, tmp_path, damage, message):
     damage(tiny)
     with pytest.raises((ConversionError, ConfigError)) as e:
         convert(tiny, tmp_path / "dst")
     assert message in str(e.value)
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 600
+    result = CliRunner().invoke(cli, ["--src", str(tiny), "--dst", str(tmp_path / "dst")])
+    assert result.exit_code == 2
+    assert result.stderr == f"convert-weights: {e.value}\n"
     assert not (tmp_path / "dst").exists()
 
 
