@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .converter import (
     open_for_reversal,
 )
 from .errors import ConversionError, EnvironmentProblem
+from .manifest import LossRecord
 from .planning import DEFAULT_SHARD_BYTES, DTYPE_NAMES, Plan, plan_conversion, plan_reversal, size_text
 from .source import DEFAULT_MODEL, resolve
 from .weights import Weights
@@ -45,8 +47,8 @@ Examples:
 \b
 Exit status:
   0  done
-  2  wrong usage or input; nothing was written
-  3  the environment: disk, network, a missing package
+  2  wrong usage or input; nothing is left of what was written
+  3  the environment: disk, memory, network, a missing package; the same command goes on where it was
 """
 
 
@@ -191,7 +193,7 @@ def cli(
         report.needs(workers)
         if not dry_run:
             with report:
-                carry_out(
+                report.losses = carry_out(
                     todo,
                     weights,
                     allow_overflow=allow_overflow,
@@ -239,6 +241,7 @@ class _Report:
         self._as_json = as_json
         self._total = sum(tensor.nbytes for tensor in todo.tensors)
         self._done = self._downloaded = 0
+        self.losses: dict[str, LossRecord] = {}
         self._start = self._told = time.monotonic()
         # disable=None: no bar where nobody looks
         self._bar = tqdm(total=self._total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
@@ -288,9 +291,14 @@ class _Report:
         if kind:
             return
         seconds = time.monotonic() - self._start
+        for name, loss in self.losses.items():
+            what = [f"{loss.overflowed} values became its largest one"] if loss.overflowed else []
+            what += [f"{loss.underflowed} values became 0"] if loss.underflowed else []
+            click.echo(f"{self._todo.dtype:<10} {name}: {', '.join(what)}", err=self._as_json)
         click.echo(f"done       {self._todo.target}, {seconds:.1f} s", err=self._as_json)
         if self._as_json:
-            self._event("done", target=self._todo.target, seconds=seconds)
+            losses = {name: asdict(loss) for name, loss in self.losses.items()}
+            self._event("done", target=self._todo.target, seconds=seconds, losses=losses)
 
     def _line(self, what: str, needed: float, there: float | None, word: str) -> None:
         known = "" if there is None else f", {size_text(there)} {word}"

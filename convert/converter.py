@@ -160,10 +160,11 @@ def carry_out(
     resume: bool = True,
     progress: Progress | None = None,
     came: Progress | None = None,
-) -> None:
+) -> dict[str, LossRecord]:
     """Does what a plan says, from the weights that it was made for; raises as :func:`convert`.
 
-    `came` is called with the number of bytes that were downloaded since its last call.
+    `came` is called with the number of bytes that were downloaded since its last call. Gives the tensors that lost
+    values to a narrower dtype.
     """
     if todo.target is None:
         raise ConversionError("dst: is not given; expected a directory to write to")
@@ -171,6 +172,8 @@ def carry_out(
         raise ConversionError(f"workers: is {workers}, expected at least 1")
     target = Path(todo.target)
     _check_target(todo, weights.directory, target, workers, resume)
+    if isinstance(weights, PublishedWeights) and not discard_source:
+        weights.check_room(target, todo.nbytes * ROOM)
     units: Iterator[Unit]
     if isinstance(weights, ConvertedWeights):
         weights.verify_files()
@@ -182,6 +185,7 @@ def carry_out(
     target.mkdir(parents=True, exist_ok=True)
     names = [*(file.name for file in todo.files), *todo.copied, INDEX, MANIFEST]
     journal = None
+    losses: dict[str, LossRecord] = {}
     try:
         journal = Journal(target, _identity(todo, weights, allow_overflow), names, resume)
         sources = SourceFiles()
@@ -193,7 +197,7 @@ def carry_out(
         if isinstance(weights, ConvertedWeights):
             _finish_reversal(todo, weights, target, done)
         elif isinstance(weights, PublishedWeights):
-            _finish_conversion(todo, weights, target, done, allow_overflow)
+            losses = _finish_conversion(todo, weights, target, done, allow_overflow)
         sync_directory(target)
         journal.finish()
         sync_directory(target)
@@ -206,6 +210,7 @@ def carry_out(
     finally:
         if journal:
             journal.close()
+    return losses
 
 
 def _ignore(nbytes: int) -> None:
@@ -214,7 +219,7 @@ def _ignore(nbytes: int) -> None:
 
 def _finish_conversion(
     todo: Plan, weights: PublishedWeights, target: Path, done: dict[str, Done], allow_overflow: bool
-) -> None:
+) -> dict[str, LossRecord]:
     """The files beside the shards, of the hashes of what was read and written; the manifest last."""
     index = _index(todo)
     write_file(target / INDEX, index)
@@ -260,6 +265,7 @@ def _finish_conversion(
         published_index=weights.index,
     )
     write_file(target / MANIFEST, manifest.to_json().encode())
+    return manifest.losses
 
 
 def _finish_reversal(todo: Plan, weights: ConvertedWeights, target: Path, done: dict[str, Done]) -> None:

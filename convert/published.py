@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from . import hub, mapping
-from .errors import ConversionError
+from .errors import ConversionError, EnvironmentProblem
 from .manifest import content_hash, plain_name
 from .mapping import Entry, Spec
 from .safetensors_file import SafetensorsFile, short, strict_json
@@ -80,6 +81,28 @@ class PublishedWeights(Weights):
             for name, file in self.files.items():
                 if not file.attached:
                     file.attach(hub.download(repository, name))
+
+    def check_room(self, target: Path, also: float) -> None:
+        """Before a download into the Hub's cache.
+
+        Args:
+            target: where `also` bytes more are going to be written.
+
+        Raises:
+            EnvironmentProblem: there is no room for it, or for both if both lie on the same disk.
+        """
+        repository = self.source.repository
+        if repository is None:
+            return
+        missing = sum(file.nbytes for name, file in self.files.items() if not hub.cached(repository, name))
+        there, beside = self.directory, next(p for p in (target, *target.absolute().parents) if p.is_dir())
+        needed = missing + (also if there.stat().st_dev == beside.stat().st_dev else 0)
+        free = shutil.disk_usage(there).free
+        if missing and free < needed:
+            raise EnvironmentProblem(
+                f"{repository.repo}: {missing / 1e9:.2f} GB to download and what is made of it need {needed / 1e9:.2f} GB, "
+                f"but {free / 1e9:.2f} GB are free on the disk of the Hub's cache; make room, or give --discard-source"
+            )
 
     def place(self, published: str) -> Place:
         """Where a published tensor is in its file."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import DATA, INDEX, TINY, configuration, content, tensors, write_checkpoint
 from click.testing import CliRunner
@@ -236,3 +237,24 @@ def test_check_finds_nothing_or_names_it(tmp_path):
     assert run("check", TINY).exit_code == 2
     result = run("--src", TINY, "check", ckpt)
     assert (result.exit_code, "--src has no place before check" in result.stderr) == (2, True)
+
+
+def test_what_a_narrower_dtype_loses_is_told(tmp_path):
+    raw = configuration()
+    t = tensors(raw, np.float32)
+    head, norm = "language_model.lm_head.weight", "language_model.model.norm.weight"
+    t = {name: np.where(abs(a) < 1e-3, np.float32(1), a) for name, a in t.items()}
+    t[head][0, :3] = 1e5, 1e-9, 2e-9
+    t[norm][0] = 1e-12
+    source = write_checkpoint(tmp_path / "src", raw, t)
+    result = run("--src", source, "--dst", tmp_path / "x", "--dtype", "fp16")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].endswith("or make them its largest value with --allow-overflow")
+    result = run("--src", source, "--dst", tmp_path / "x", "--dtype", "fp16", "--allow-overflow")
+    assert result.exit_code == 0, result.output
+    assert [
+        line.split(maxsplit=1)[1] for line in result.stdout.splitlines() if line.startswith("float16 ")
+    ] == [
+        f"{norm}: 1 values became 0",
+        f"{head}: 1 values became its largest one, 2 values became 0",
+    ]

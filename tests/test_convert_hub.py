@@ -179,6 +179,16 @@ def test_a_damaged_cache_is_found(server, tmp_path):
     convert(REPO, tmp_path / "dst")
 
 
+def test_a_disk_too_small_for_both_is_known_before_the_work(server, tmp_path, monkeypatch):
+    size = sum((TINY / name).stat().st_size for name in FILES)
+    room = shutil._ntuple_diskusage(0, 0, int(size * 1.5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    with pytest.raises(EnvironmentProblem, match="make room, or give --discard-source"):
+        convert(REPO, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    convert(REPO, tmp_path / "dst", discard_source=True)
+
+
 def test_another_commit_does_not_continue_an_unfinished_conversion(server, tmp_path):
     left = iter(range(30))
 
