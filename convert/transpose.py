@@ -15,7 +15,7 @@ def transpose_into(source: np.ndarray, target: np.ndarray) -> None:
     `target[...] = source.T` reads one number from each of a thousand or more lines whose distance is often a power
     of two, so that they push each other out of the cache. Here a tile of 704 rows is copied first to scratch memory
     of 0.4 MB whose rows lie an odd number of cache lines apart; then it is read down its columns, and written as runs
-    long enough for the memory's prefetching. Turning 4x4 blocks inside 64-bit words by shifts and masks was slower:
+    long enough for the memory's prefetching. Turning 4x4 blocks inside 64-bit words would take a dozen passes instead:
     read from that scratch, the plain copy moves 8 GB/s, and the rest is the memory's time.
 
     GB/s of one core (processor time, NumPy 2.4, the same core and minute), plain copy against this function, between
