@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -159,18 +158,17 @@ def download(
 ) -> Path:
     """A file on the disk, whole and as published.
 
-    A weights file that an earlier call left unfinished goes on where it was. The exception is a Hub that announces
-    Xet: there the transfer is hf_xet's, which starts a file again (``HF_HUB_DISABLE_XET=1`` keeps to plain HTTP).
+    A weights file that an earlier call left unfinished goes on where it was. It comes over plain HTTP, also where the
+    Hub offers Xet, because that starts an interrupted file again.
 
     Args:
-        directory: where to put a file that is not kept; an unfinished one is ``NAME….part`` there, and Xet leaves a
-            folder ``.cache``. None is the Hub's cache. A directory is not filled from it: ask :func:`cached` first.
-        progress: called with the number of bytes that came since its last call, for a weights file over plain HTTP;
+        directory: where to put a file that is not kept; an unfinished one is ``NAME….part`` there. None is the Hub's cache. A directory is not filled from it: ask :func:`cached` first.
+        progress: called with the number of bytes that came since its last call, for a weights file;
             what it raises ends the download, which the next call goes on with.
 
     Raises:
-        ConversionError: there is no such file, the Hub refuses access to it, or what came is not what it publishes.
-        EnvironmentProblem: the Hub cannot be reached, or the disk is full or fails.
+        ConversionError: there is no such file, or the Hub refuses access to it.
+        EnvironmentProblem: the Hub cannot be reached, what came is not what it publishes, or the disk is full or fails.
     """
     file = repository.file(name)
     if directory is None:
@@ -187,26 +185,24 @@ def download(
 def _download(
     repository: HubRepository, file: HubFile, directory: Path | None, progress: Progress | None
 ) -> Path:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     url = hf_hub_url(repository.repo, file.name, revision=repository.commit)
-    metadata = get_hf_file_metadata(url, retry_on_errors=True)
-    by_xet = metadata.xet_file_data and find_spec("hf_xet") and not constants.HF_HUB_DISABLE_XET
-    if directory is not None and not by_xet:
+    get_hf_file_metadata(url, retry_on_errors=True)  # is tried again where a download is not
+    if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / file.name
         _fetch(url, file, path, directory / f"{file.name}.{(file.sha256 or '')[:16]}.part", progress)
         return path
-    if file.sha256 is not None and not by_xet:
+    if file.sha256 is not None:
         # The library finds the content there, and only gives it its name in the snapshot.
         blob = _cache_folder(repository.repo) / "blobs" / file.sha256
         blob.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, file, blob, blob.with_suffix(".incomplete"), progress)
-    path = Path(hf_hub_download(repository.repo, file.name, revision=repository.commit, local_dir=directory))
-    if by_xet or file.sha256 is None:
+    path = Path(hf_hub_download(repository.repo, file.name, revision=repository.commit))
+    if file.sha256 is None:
         check_cached(path, file)
-    if directory is None:
-        _remember(repository)
+    _remember(repository)
     return path
 
 
@@ -271,7 +267,7 @@ def _fetch(url: str, file: HubFile, final: Path, part: Path, progress: Progress 
         f.flush()
         try:
             _check(part, file)
-        except ConversionError:
+        except EnvironmentProblem:
             part.unlink()
             raise
         os.fsync(f.fileno())
@@ -305,7 +301,7 @@ def _holds(path: Path, file: HubFile) -> bool:
         return False
     try:
         _check(path, file)
-    except ConversionError:
+    except EnvironmentProblem:
         return False
     return True
 
@@ -314,18 +310,18 @@ def check_cached(path: Path, file: HubFile) -> None:
     """Reads a file, of the Hub's cache or downloaded by its library, if its SHA-256 is published.
 
     Raises:
-        ConversionError: it is not what the Hub publishes; it was removed.
+        EnvironmentProblem: it is not what the Hub publishes; it was removed.
     """
     try:
         _check(path, file)
-    except ConversionError:
+    except EnvironmentProblem:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise
 
 
 def _check(path: Path, file: HubFile) -> None:
-    """Raises ConversionError: it is not what the Hub publishes."""
+    """Raises EnvironmentProblem: it is not what the Hub publishes."""
     nbytes = path.stat().st_size
     has, wanted = f"{nbytes} bytes", f"{file.nbytes}"
     if nbytes == file.nbytes:
@@ -338,7 +334,7 @@ def _check(path: Path, file: HubFile) -> None:
         if digest.hexdigest() == file.sha256:
             return
         has, wanted = f"SHA-256 {digest.hexdigest()}", file.sha256
-    raise ConversionError(
+    raise EnvironmentProblem(
         f"{file.name}: what is there has {has}, the Hub publishes {wanted}; it was removed, so run the same command "
         "again, and without a mirror or proxy if that ends here too"
     )
@@ -443,8 +439,6 @@ def _problems(repo: str, revision: str, name: str | None = None) -> Iterator[Non
         raise EnvironmentProblem(
             f"{e.filename or it}: {e.strerror}; when that is put right, {AGAIN}"
         ) from None
-    except RuntimeError as e:  # of hf_xet
-        raise EnvironmentProblem(f"{it}: cannot be downloaded ({_first_line(e)}); {AGAIN}") from None
 
 
 def _first_line(e: Exception) -> str:

@@ -3,7 +3,7 @@
 A view of a file's memory map says *where* bytes are; the map is never touched here. Bytes come by pread and go by
 pwrite: a failing disk then raises an OSError, where touching the map would kill the process, and no page of a file is
 ever counted as ours. Memory is a few buffers: a piece where a tensor passes in its own order, the whole tensor where
-it is turned (one expert's matrix, one layer's queries).
+it does not (one expert's matrix).
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def address(view: np.ndarray) -> int:
     return view.__array_interface__["data"][0]
 
 
+_NOTHING = np.empty(0, np.uint8)
+
+
 class Buffers:
     """Memory that one worker uses again and again, by slots."""
 
@@ -61,7 +64,6 @@ class _Tensors:
         self._buffers = buffers
         self._holders: list[str | None] = [None] * width
         self._oldest = 0
-        self._whole: dict[str, np.ndarray] = {}
         self._passed = dict.fromkeys((p.name for p in self._places), 0)
         self._digests = {p.name: blake3.blake3() for p in self._places}
 
@@ -76,20 +78,20 @@ class _Tensors:
         place = self._places[bisect_right(self._starts, address(view)) - 1]
         return place, address(view) - place.address
 
-    def _in_order(self, view: np.ndarray, place: Place, at: int) -> bool:
-        return place.name not in self._whole and view.flags.c_contiguous and at == self._passed[place.name]
-
     def _buffer(self, place: Place, nbytes: int) -> np.ndarray:
         if place.name not in self._holders:
-            self._whole.pop(self._holders[self._oldest] or "", None)
+            self._give_up(self._holders[self._oldest] or "")
             self._holders[self._oldest] = place.name
             self._oldest = (self._oldest + 1) % len(self._holders)
         return self._buffers.take(self._holders.index(place.name), nbytes)
 
+    def _give_up(self, name: str) -> None:
+        """Another tensor takes the buffer of this one."""
 
-def _part(whole: np.ndarray, view: np.ndarray, at: int) -> np.ndarray:
-    """What `view` is of its tensor, of the buffer that holds the tensor as a whole."""
-    return np.ndarray(view.shape, view.dtype, whole.data, at, view.strides)
+
+def _part(buffer: np.ndarray, view: np.ndarray, at: int) -> np.ndarray:
+    """What `view` is of its tensor, in a buffer in which it begins at `at`."""
+    return np.ndarray(view.shape, view.dtype, buffer.data, at, view.strides)
 
 
 class TensorReader(_Tensors):
@@ -107,17 +109,26 @@ class TensorReader(_Tensors):
     ):
         super().__init__(places, buffers, width)
         self._check = check
+        self._held: dict[
+            str, tuple[int, np.ndarray]
+        ] = {}  # a part of each tensor, and where in it that begins
 
     def __call__(self, view: np.ndarray) -> np.ndarray:
         if not view.size:
             return view
         place, at = self._find(view)
-        if self._in_order(view, place, at):
-            return self._read(place, at, view.nbytes, view.dtype).view(view.dtype).reshape(view.shape)
-        if place.name not in self._whole:
-            self._digests[place.name], self._passed[place.name] = blake3.blake3(), 0
-            self._whole[place.name] = self._read(place, 0, place.nbytes, view.dtype)
-        return _part(self._whole[place.name], view, at)
+        begin, data = self._held.get(place.name, (0, _NOTHING))
+        step = view.strides[0]
+        end = at + (len(view) - 1) * step + view[0].nbytes if step >= view.strides[-1] else place.nbytes
+        if not (begin <= at and end <= begin + data.nbytes):
+            if at == self._passed[place.name] and step >= view.strides[-1]:
+                # Rows that are left out, every second one, come next: they are read with the others.
+                begin, data = at, self._read(place, at, min(len(view) * step, place.nbytes - at), view.dtype)
+            else:
+                self._digests[place.name], self._passed[place.name] = blake3.blake3(), 0
+                begin, data = 0, self._read(place, 0, place.nbytes, view.dtype)
+            self._held[place.name] = begin, data
+        return _part(data, view, at - begin)
 
     def _read(self, place: Place, at: int, nbytes: int, dtype: np.dtype) -> np.ndarray:
         data = self._buffer(place, nbytes)
@@ -127,6 +138,9 @@ class TensorReader(_Tensors):
         self._digests[place.name].update(data.data)
         self._passed[place.name] += nbytes
         return data
+
+    def _give_up(self, name: str) -> None:
+        self._held.pop(name, None)
 
 
 class TensorWriter(_Tensors):
@@ -138,13 +152,14 @@ class TensorWriter(_Tensors):
     def __init__(self, places: Iterable[Place], buffers: Buffers, width: int = 1):
         super().__init__(places, buffers, width)
         self._pending: list[tuple[Place, np.ndarray]] = []
+        self._whole: dict[str, np.ndarray] = {}
         self._filled: dict[str, int] = {}
 
     def __call__(self, view: np.ndarray) -> np.ndarray:
         if not view.size:
             return view
         place, at = self._find(view)
-        if self._in_order(view, place, at):
+        if place.name not in self._whole and view.flags.c_contiguous and at == self._passed[place.name]:
             data = self._buffer(place, view.nbytes)
             self._pending.append((place, data))
             return data.view(view.dtype).reshape(view.shape)
@@ -155,6 +170,9 @@ class TensorWriter(_Tensors):
         if self._filled[place.name] == place.nbytes:
             self._pending.append((place, self._whole[place.name][self._passed[place.name] :]))
         return _part(self._whole[place.name], view, at)
+
+    def _give_up(self, name: str) -> None:
+        self._whole.pop(name, None)
 
     def flush(self) -> int:
         """The number of bytes written."""

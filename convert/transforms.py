@@ -65,7 +65,8 @@ class Losses:
 class Transform:
     """`blocks(sources, dims)` gives for each target the list of its blocks.
 
-    `in_order` says that the blocks are the sources one after the other, so that they can pass in pieces.
+    `in_order` says that the blocks are the sources one after the other, but for rows that are near each other; so they
+    can pass in pieces.
     """
 
     name: str
@@ -132,9 +133,9 @@ table_as_rows = Transform("table_as_rows", _keep, in_order=True)  # [h, w, D] an
 fuse = Transform("fuse", _fuse, in_order=True)
 stack_experts = Transform("stack_experts", _stack_experts)
 split_kv_b = Transform("split_kv_b", _split_kv_b)
-deinterleave_q = Transform("deinterleave_rope of q", _rope_of_q)
-deinterleave_kv_a = Transform("deinterleave_rope of kv_a", _rope_of_kv_a)
-deinterleave_wqkv = Transform("deinterleave_rope of wqkv", _rope_of_wqkv)
+deinterleave_q = Transform("deinterleave_rope of q", _rope_of_q, in_order=True)
+deinterleave_kv_a = Transform("deinterleave_rope of kv_a", _rope_of_kv_a, in_order=True)
+deinterleave_wqkv = Transform("deinterleave_rope of wqkv", _rope_of_wqkv, in_order=True)
 drop = Transform("drop", lambda sources, d: [], in_order=True)
 
 

@@ -13,7 +13,7 @@ from checkpoints import INDEX, TINY, content
 from hub_server import HubServer
 
 from kimi_vl.convert import ConversionError, EnvironmentProblem, convert, open_weights, plan
-from kimi_vl.convert.manifest import Manifest
+from kimi_vl.convert.manifest import MANIFEST, Manifest
 
 REPO = "someone/Small-Kimi"
 FILES = sorted(path.name for path in TINY.glob("*.safetensors"))
@@ -158,14 +158,16 @@ def test_a_lost_connection_is_gone_on_with(server, from_directory, tmp_path):
     assert without_source(content(tmp_path / "dst")) == without_source(from_directory)
 
 
-def test_a_damaged_download_is_found_and_leaves_nothing(server, from_directory, tmp_path):
+def test_a_damaged_download_is_found_and_only_that_is_done_again(server, from_directory, tmp_path):
     server.corrupt.add(FILES[1])
-    with pytest.raises(ConversionError, match="SHA-256"):
+    with pytest.raises(EnvironmentProblem, match="SHA-256"):
         convert(REPO, tmp_path / "dst")
-    assert not (tmp_path / "dst").exists()
+    assert not (tmp_path / "dst" / MANIFEST).exists()
     server.corrupt.clear()
+    sent = server.sent[FILES[0]]
     convert(REPO, tmp_path / "dst")
     assert without_source(content(tmp_path / "dst")) == without_source(from_directory)
+    assert server.sent[FILES[0]] - sent <= 256 << 10  # its header
 
 
 def test_a_damaged_cache_is_found(server, tmp_path):
@@ -174,7 +176,7 @@ def test_a_damaged_cache_is_found(server, tmp_path):
     data = bytearray(blob.read_bytes())
     data[-100] ^= 1
     blob.write_bytes(data)
-    with pytest.raises(ConversionError, match=f"{FILES[1]}: what is there has SHA-256"):
+    with pytest.raises(EnvironmentProblem, match=f"{FILES[1]}: what is there has SHA-256"):
         convert(REPO, tmp_path / "dst")
     convert(REPO, tmp_path / "dst")
 

@@ -311,7 +311,7 @@ def test_other_content_than_published_is_not_kept(server, tmp_path, into):
     repository = hub.look_up(REPO)
     directory = tmp_path / "here" if into == "directory" else None
     server.corrupt.add(WEIGHTS)
-    with pytest.raises(ConversionError) as e:
+    with pytest.raises(EnvironmentProblem) as e:
         hub.download(repository, WEIGHTS, directory)
     sha256 = repository.files[WEIGHTS].sha256
     assert sha256 in str(e.value) and "what is there has SHA-256" in str(e.value)
@@ -329,7 +329,7 @@ def test_a_damaged_rest_of_an_earlier_call_is_found(server, tmp_path):
     (part,) = tmp_path.glob("*.part")
     part.write_bytes(b"\1" + part.read_bytes()[1:])
     server.faults.clear()
-    with pytest.raises(ConversionError, match="what is there has SHA-256"):
+    with pytest.raises(EnvironmentProblem, match="what is there has SHA-256"):
         hub.download(repository, WEIGHTS, tmp_path)
     assert hub.download(repository, WEIGHTS, tmp_path).read_bytes() == CONTENT
 
@@ -537,27 +537,9 @@ def test_something_that_is_no_hub(server, monkeypatch):
         hub.look_up(REPO)
 
 
-def test_xet_is_left_to_the_library(server, monkeypatch, tmp_path):
-    """hf_xet cannot be stood in for; that it is called, and that what it brings is checked, can be seen."""
-    import huggingface_hub
-
-    content, calls = CONTENT, []
-
-    def hf_hub_download(repo, name, revision, local_dir):
-        calls.append((repo, name, revision, local_dir))
-        local_dir.mkdir(exist_ok=True)
-        (local_dir / name).write_bytes(content)
-        return str(local_dir / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+@pytest.mark.parametrize("into", ["cache", "directory"])
+def test_plain_http_is_used_where_xet_is_offered(server, tmp_path, into):
     server.xet = True
-    repository = hub.look_up(REPO)
-    assert hub.download(repository, WEIGHTS, tmp_path / "a") == tmp_path / "a" / WEIGHTS
-    assert calls == [(REPO, WEIGHTS, repository.commit, tmp_path / "a")]
-    content = weights(seed=1)
-    with pytest.raises(ConversionError, match="what is there has SHA-256"):
-        hub.download(repository, WEIGHTS, tmp_path / "b")
-    assert list((tmp_path / "b").iterdir()) == []
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    assert hub.download(repository, WEIGHTS, tmp_path / "c").read_bytes() == CONTENT
-    assert len(calls) == 2
+    directory = tmp_path / "here" if into == "directory" else None
+    assert hub.download(hub.look_up(REPO), WEIGHTS, directory).read_bytes() == CONTENT
+    assert server.sent[WEIGHTS] == len(CONTENT)
