@@ -2,8 +2,8 @@
 
 `mapping` is the table of names and layouts, `transforms` the invertible changes between them. `source` finds a
 checkpoint and opens it (`published`, `converted`; `hub` reads a repository of the Hugging Face Hub), `planning` says
-what would be written, `converter` writes it (`storage`, `dual_format`, `manifest`), and `cli` is the command
-``convert-weights``.
+what would be written, `converter` writes it (`storage`, `dual_format`, `ckpt_format`, `manifest`), and `cli` is the
+command ``convert-weights``.
 """
 
 from __future__ import annotations
