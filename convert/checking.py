@@ -10,8 +10,8 @@ import blake3
 
 from .converted import ConvertedWeights
 from .errors import ConversionError
+from .formats import FORMATS
 from .manifest import MANIFEST, FileRecord, content_hash
-from .published import INDEX
 from .source import open_source
 from .storage import Progress
 from .tensor_io import Buffers
@@ -39,7 +39,7 @@ def check(directory: str | Path, workers: int = 2, progress: Progress | None = N
             f"{directory}: has no {MANIFEST}; expected a directory that convert-weights has written"
         )
     manifest = weights.manifest
-    small = {**manifest.files, INDEX: manifest.index}
+    small = {**manifest.files, FORMATS[manifest.stored].index: manifest.index}
     damaged = [sentence for name, record in small.items() if (sentence := _file(weights, name, record))]
     lock = Lock()
 

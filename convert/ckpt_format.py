@@ -1,4 +1,4 @@
-"""The layout of a MindSpore ``.ckpt`` file, from names, shapes and dtypes alone.
+"""MindSpore's own format, ``.ckpt``: a file's layout, from names, shapes and dtypes alone, and its reading.
 
 Such a file is one protobuf message, written by hand here so that every tensor has its final place before it is there:
 
@@ -6,22 +6,22 @@ Such a file is one protobuf message, written by hand here so that every tensor h
     Value:       tag = 1 (string), tensor = 2 (TensorProto)
     TensorProto: dims = 1 (int64), repeated; tensor_type = 2 (string); tensor_content = 3 (bytes)
 
-Neighbouring values with the same tag are slices of one tensor, whose contents are joined. Where nothing is sliced,
-this is byte for byte what ``ms.save_checkpoint`` writes. ``ms.load_checkpoint`` holds the file twice, as it is and
-parsed, and MindSpore 2.10 refuses one larger than the memory that Linux calls free, page cache not counted.
+``ms.save_checkpoint`` writes the same bytes, but that it cuts tensors of more than 512 MB into slices, which
+``ms.load_checkpoint`` joins again. That one holds the file twice, as it is and parsed, and MindSpore 2.10 refuses a
+file larger than the memory that Linux calls free, page cache not counted; so shards had better be small.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import ConversionError
+from .layout import Layout
+from .mapped_file import MappedFile, TensorInfo
 from .mapping import Spec
 from .transforms import DTYPES
-
-SLICE_BYTES = 512 << 20  # MindSpore's own slices have at most this; protobuf allows less than 2 GiB
 
 # What every implementation of protobuf reads. MindSpore asks for the one in Python, which reads more, but gets another
 # where protobuf was imported before MindSpore, and to that one a file of 2.5 GiB is corrupt.
@@ -29,52 +29,51 @@ MAX_FILE_BYTES = (2 << 30) - 1
 TYPES = {"bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32"}
 
 
-@dataclass(frozen=True)
-class Slice:
-    """`nbytes` of a tensor from its byte `begin` on stand at `offset` of the file."""
-
-    offset: int
-    begin: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A file of `nbytes`: what stands between the tensors, (offset, bytes), and the slices that each one consists of."""
-
-    nbytes: int
-    framing: tuple[tuple[int, bytes], ...]
-    slices: Mapping[str, tuple[Slice, ...]]
-
-
-def lay_out(tensors: Mapping[str, Spec], slice_bytes: int = SLICE_BYTES) -> Layout:
-    """Where everything stands in a file that holds `tensors` in this order.
-
-    Args:
-        slice_bytes: a larger tensor is cut into slices of this.
+def lay_out(tensors: Mapping[str, Spec]) -> Layout:
+    """The layout of a file that holds `tensors` in this order.
 
     Raises:
         ConversionError: the file would have more than MAX_FILE_BYTES.
     """
     framing: list[tuple[int, bytes]] = []
-    slices: dict[str, tuple[Slice, ...]] = {}
+    places: dict[str, TensorInfo] = {}
     at = 0
     for name, spec in tensors.items():
         nbytes = math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
-        parts = []
-        for begin in range(0, nbytes, slice_bytes):
-            n = min(slice_bytes, nbytes - begin)
-            head = _before_content(name, spec, n)
-            framing.append((at, head))
-            parts.append(Slice(at + len(head), begin, n))
-            at += len(head) + n
-        slices[name] = tuple(parts)
+        head = _before_content(name, spec, nbytes)
+        framing.append((at, head))
+        places[name] = TensorInfo(spec.shape, DTYPES[spec.dtype], at + len(head), nbytes)
+        at += len(head) + nbytes
     if at > MAX_FILE_BYTES:
         raise ConversionError(
-            f".ckpt: a file of {len(tensors)} tensors from {next(iter(tensors))} on would have {at} bytes, "
-            f"MindSpore reads at most {MAX_FILE_BYTES} for certain; choose a smaller shard size"
+            f"--max-shard-size: a .ckpt file from {next(iter(tensors))} on would have {at} bytes, "
+            f"MindSpore reads at most {MAX_FILE_BYTES} for certain; choose a smaller one"
         )
-    return Layout(at, tuple(framing), slices)
+    return Layout(at, tuple(framing), places)
+
+
+class CkptFile(MappedFile):
+    """A file that :func:`lay_out` describes.
+
+    Raises:
+        ConversionError: it is missing, or what stands between the tensors is not what was written.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Spec]):
+        layout = lay_out(tensors)
+        self.tensors, self.framing = layout.places, layout.framing
+        if not path.is_file():
+            raise ConversionError(f"{path.name}: is not in {path.parent}; convert the checkpoint again")
+        self.open(path)
+        if self.nbytes != layout.nbytes:
+            raise ConversionError(
+                f"{path}: has {self.nbytes} bytes, expected {layout.nbytes}; convert the checkpoint again"
+            )
+        for offset, piece in layout.framing:
+            found = bytearray(len(piece))
+            self.read(offset, memoryview(found))
+            if found != piece:
+                raise ConversionError(f"{path}: is damaged at byte {offset}; convert the checkpoint again")
 
 
 def _before_content(name: str, spec: Spec, nbytes: int) -> bytes:

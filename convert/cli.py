@@ -27,8 +27,9 @@ from .converter import (
     open_for_reversal,
 )
 from .errors import ConversionError, EnvironmentProblem
+from .formats import DEFAULT_FORMAT, FORMATS
 from .manifest import LossRecord
-from .planning import DEFAULT_SHARD_BYTES, DTYPE_NAMES, Plan, plan_conversion, plan_reversal, size_text
+from .planning import DTYPE_NAMES, Plan, plan_conversion, plan_reversal, size_text
 from .source import DEFAULT_MODEL, resolve
 from .weights import Weights
 
@@ -93,7 +94,12 @@ class Size(click.ParamType):
 @click.option(
     "--max-shard-size",
     type=Size(),
-    help=f"Split the weights into files of at most this.  [default: {DEFAULT_SHARD_BYTES // 10**9}GB]",
+    help="Split the weights into files of at most this.  [default: 5GB, of ckpt 1GB]",
+)
+@click.option(
+    "--format",
+    type=click.Choice(list(FORMATS)),
+    help=f"safetensors is what export-mindir takes; ckpt is MindSpore's own.  [default: {DEFAULT_FORMAT}]",
 )
 @click.option(
     "--allow-overflow",
@@ -129,6 +135,7 @@ def cli(
     revision: str | None,
     dtype: str | None,
     max_shard_size: int | None,
+    format: str | None,
     allow_overflow: bool,
     discard_source: bool,
     workers: int,
@@ -158,6 +165,7 @@ def cli(
         for option, value in (
             ("--dtype", dtype),
             ("--max-shard-size", max_shard_size),
+            ("--format", format),
             ("--allow-overflow", allow_overflow),
             ("--discard-source", discard_source),
         ):
@@ -169,14 +177,19 @@ def cli(
     if model is not None and not from_hub:
         raise click.UsageError(f"--model has no place with --src {src}; it belongs to --src hf.")
     repo = (model or DEFAULT_MODEL) if from_hub else src
-    limit = max_shard_size or DEFAULT_SHARD_BYTES
+    format = format or DEFAULT_FORMAT
+    limit = max_shard_size or FORMATS[format].shard_bytes
     _show(
         {
             "src": repo + (f" at {revision}" if revision else ""),
             "dst": dst or "(none: dry run)",
             "direction": "ours to published" if reverse else "published to ours",
         }
-        | ({} if reverse else {"dtype": dtype or "as published", "max shard size": size_text(limit)}),
+        | (
+            {}
+            if reverse
+            else {"dtype": dtype or "as published", "format": format, "max shard size": size_text(limit)}
+        ),
         as_json,
     )
     with _errors():
@@ -187,7 +200,7 @@ def cli(
             todo = plan_reversal(weights, dst)
         else:
             weights = open_for_conversion(source)
-            todo = plan_conversion(weights, dst, dtype, limit)
+            todo = plan_conversion(weights, dst, dtype, limit, format)
         click.echo(str(todo), err=as_json)
         report = _Report(todo, as_json)
         report.needs(workers)

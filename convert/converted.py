@@ -10,9 +10,12 @@ import numpy as np
 from . import mapping
 from .dual_format import PAD
 from .errors import ConversionError
+from .formats import FORMATS, Shard
+from .layout import framing_hash
 from .manifest import MANIFEST, Manifest, TensorRecord, content_hash
+from .mapped_file import TensorInfo
 from .mapping import Entry, Spec
-from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
+from .safetensors_file import parse_header
 from .tensor_io import Place
 from .weights import Source, Weights
 
@@ -51,10 +54,15 @@ class ConvertedWeights(Weights):
         return record.shape, record.dtype
 
     def read(self, name: str) -> np.ndarray:
+        array = self.mapped(name)
+        return array if array.flags.aligned else array.copy()  # in a .ckpt file nothing is aligned
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A tensor as a view of its file's map, wherever it stands there. Raises KeyError."""
         return self._shards[self.manifest.tensors[name].file].array(name)
 
     def location(self, name: str) -> tuple[str, int, int]:
-        """File name, offset from the file's start (a multiple of 64), length in bytes. Raises KeyError."""
+        """File name, offset from the file's start (in safetensors a multiple of 64), length in bytes. Raises KeyError."""
         record = self.manifest.tensors[name]
         return record.file, record.offset, record.nbytes
 
@@ -122,9 +130,13 @@ class ConvertedWeights(Weights):
             )
         return entries
 
-    def _open(self, name: str) -> SafetensorsFile:
-        shard, record = SafetensorsFile(self.source.path(name)), self.manifest.shards[name]
-        if shard.nbytes != record.nbytes or content_hash(shard.head) != record.header_hash:
+    def _open(self, name: str) -> Shard:
+        held = {n: Spec(r.shape, r.dtype) for n, r in self.manifest.tensors.items() if r.file == name}
+        shard, record = (
+            FORMATS[self.manifest.stored].open(self.source.path(name), held),
+            self.manifest.shards[name],
+        )
+        if shard.nbytes != record.nbytes or framing_hash(shard.framing) != record.header_hash:
             raise ConversionError(
                 f"{self.directory / name}: is not the file that {MANIFEST} describes; convert the checkpoint again"
             )

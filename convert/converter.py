@@ -18,7 +18,9 @@ from .. import __version__
 from .converted import ConvertedWeights
 from .engine import Engine
 from .errors import ConversionError, EnvironmentProblem
+from .formats import DEFAULT_FORMAT, FORMATS
 from .journal import DOWNLOADS, JOURNAL, Done, Journal
+from .layout import framing_hash
 from .manifest import (
     MANIFEST,
     DroppedRecord,
@@ -31,7 +33,7 @@ from .manifest import (
     content_hash,
     file_hash,
 )
-from .planning import DEFAULT_SHARD_BYTES, Plan, plan_conversion, plan_reversal, size_text
+from .planning import Plan, plan_conversion, plan_reversal, size_text
 from .published import INDEX, PublishedWeights
 from .source import open_source, resolve
 from .source_files import HubFiles, SourceFiles
@@ -49,7 +51,8 @@ def plan(
     *,
     reverse: bool = False,
     dtype: str | None = None,
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_shard_size: int | None = None,
+    format: str = DEFAULT_FORMAT,
     revision: str | None = None,
 ) -> Plan:
     """What :func:`convert` (or, with `reverse`, :func:`revert`) would do; reads headers, also over the Hub.
@@ -61,7 +64,7 @@ def plan(
     source = resolve(src, revision, only_headers=True)
     if reverse:
         return plan_reversal(open_for_reversal(source), dst)
-    return plan_conversion(open_for_conversion(source), dst, dtype, max_shard_size)
+    return plan_conversion(open_for_conversion(source), dst, dtype, max_shard_size, format)
 
 
 def convert(
@@ -69,7 +72,8 @@ def convert(
     dst: str | Path | None = None,
     *,
     dtype: str | None = None,
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_shard_size: int | None = None,
+    format: str = DEFAULT_FORMAT,
     revision: str | None = None,
     allow_overflow: bool = False,
     discard_source: bool = False,
@@ -84,7 +88,8 @@ def convert(
     Args:
         src: a published directory, ``nano``, or a Hub repo id; or a plan, which says all the rest.
         dtype: "bf16", "fp16" or "fp32"; None keeps each tensor's own. The router is fp32 always.
-        max_shard_size: bytes of tensors in a shard; one tensor is never split.
+        max_shard_size: bytes of tensors in a shard; one tensor is never split. None is 5 GB, of "ckpt" 1 GB.
+        format: "safetensors" (which a bundle of ``export-mindir`` points into), or "ckpt", MindSpore's own.
         allow_overflow: make values that are too large for `dtype` its largest one, instead of refusing them.
         discard_source: keep a shard of the Hub only until it is converted. What the Hub's cache held before stays.
         workers: threads.
@@ -100,9 +105,9 @@ def convert(
         EnvironmentProblem, OSError: no room, no network, a failing disk; the next call continues.
     """
     if isinstance(src, Plan):
-        dst, dtype, max_shard_size = src.target, src.asked_dtype, src.max_shard_size or DEFAULT_SHARD_BYTES
+        dst, dtype, max_shard_size, format = src.target, src.asked_dtype, src.max_shard_size, src.format
     weights = open_for_conversion(src.source if isinstance(src, Plan) else resolve(src, revision))
-    todo = plan_conversion(weights, dst, dtype, max_shard_size)
+    todo = plan_conversion(weights, dst, dtype, max_shard_size, format)
     carry_out(
         _agreed(src, todo),
         weights,
@@ -183,7 +188,7 @@ def carry_out(
         units = conversion_units(todo, weights, allow_overflow)
     made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    names = [*(file.name for file in todo.files), *todo.copied, INDEX, MANIFEST]
+    names = [*(file.name for file in todo.files), *todo.copied, FORMATS[todo.format].index, MANIFEST]
     journal = None
     losses: dict[str, LossRecord] = {}
     try:
@@ -222,7 +227,7 @@ def _finish_conversion(
 ) -> dict[str, LossRecord]:
     """The files beside the shards, of the hashes of what was read and written; the manifest last."""
     index = _index(todo)
-    write_file(target / INDEX, index)
+    write_file(target / FORMATS[todo.format].index, index)
     written = {name: hash_ for unit in done.values() for name, hash_ in unit.written.items()}
     read = {name: hash_ for unit in done.values() for name, hash_ in unit.read.items()}
     kept = {name: data for unit in done.values() for name, data in unit.kept.items()}
@@ -233,6 +238,7 @@ def _finish_conversion(
         source=weights.source.name,
         revision=weights.source.revision,
         dtype=todo.dtype,
+        stored=todo.format,
         arguments={
             "dtype": todo.asked_dtype,
             "max_shard_size": todo.max_shard_size,
@@ -240,7 +246,7 @@ def _finish_conversion(
         },
         files={name: _copy(weights.directory / name, target / name) for name in todo.copied},
         index=FileRecord(len(index), content_hash(index)),
-        shards={file.name: ShardRecord(file.nbytes, content_hash(file.head)) for file in todo.files},
+        shards={file.name: ShardRecord(file.nbytes, framing_hash(file.framing)) for file in todo.files},
         tensors={
             t.name: TensorRecord(
                 t.file, t.offset, t.nbytes, t.shape, t.dtype, written[t.name], t.transform, t.sources

@@ -15,16 +15,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .layout import Layout
+from .mapped_file import TensorInfo
 from .mapping import Spec
-from .safetensors_file import CODES, TensorInfo
+from .safetensors_file import CODES
 from .transforms import DTYPES
 
 ALIGNMENT = 64
 PAD = "__pad"
 
 
-def lay_out(tensors: Mapping[str, Spec]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The first bytes of a shard that holds `tensors` in this order, and where each one stands in it."""
+def lay_out(tensors: Mapping[str, Spec]) -> Layout:
+    """The layout of a shard that holds `tensors` in this order."""
     start = 9  # modulo 64
     header: dict[str, object] = {"__metadata__": {"format": "np"}}
     places: dict[str, tuple[int, int, np.dtype]] = {}
@@ -42,7 +44,8 @@ def lay_out(tensors: Mapping[str, Spec]) -> tuple[bytes, dict[str, TensorInfo]]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * ((1 - len(text)) % 256)
     head = struct.pack("<Q", len(text)) + text
-    return head, {
+    infos = {
         name: TensorInfo(tensors[name].shape, dtype, len(head) + offset, nbytes)
         for name, (offset, nbytes, dtype) in places.items()
     }
+    return Layout(len(head) + at, ((0, head),), infos)

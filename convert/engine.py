@@ -120,7 +120,8 @@ class Engine:
             if name not in self._parts:
                 file = self._files[name]
                 self._parts[name] = PartFile(self._directory / name, file.nbytes)
-                self._parts[name].write(0, file.head)
+                for offset, piece in file.framing:
+                    self._parts[name].write(offset, piece)
             return self._parts[name]
 
     def _tick(self, nbytes: int) -> None:

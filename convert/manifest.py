@@ -36,7 +36,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A safetensors file; `header_hash` is of its first 8 + n bytes. Its tensors have their own hashes."""
+    """A weights file; `header_hash` is of what stands in it besides the tensors, which have their own hashes."""
 
     nbytes: int
     header_hash: str
@@ -95,13 +95,14 @@ class LossRecord:
 class Manifest:
     """See the module. `files` are those copied from the source; `index` ours; `published_index` the source's text.
 
-    `losses` has the tensors that lost values to a narrower dtype.
+    `stored` is the format of the shards, `losses` has the tensors that lost values to a narrower dtype.
     """
 
     version: str
     source: str
     revision: str | None
     dtype: str
+    stored: str
     arguments: dict[str, Any]
     files: dict[str, FileRecord]
     index: FileRecord
@@ -133,6 +134,7 @@ class Manifest:
                 source=_text(raw["source"]),
                 revision=None if raw["revision"] is None else _text(raw["revision"]),
                 dtype=_text(raw["dtype"]),
+                stored=_format(raw["stored"]),
                 arguments=dict(raw["arguments"]),
                 files=_records(FileRecord, raw["files"]),
                 index=_record(FileRecord, raw["index"]),
@@ -163,6 +165,12 @@ _CHECKS: dict[str, Any] = {
     "tuple[int, ...]": lambda v: isinstance(v, list) and all(map(_CHECKS["int"], v)),
     "tuple[str, ...]": lambda v: isinstance(v, list) and all(map(_CHECKS["str"], v)),
 }
+
+
+def _format(value: Any) -> str:
+    if value not in ("safetensors", "ckpt"):
+        raise ValueError(f"{value!r} is no format of weights")
+    return str(value)
 
 
 def _text(value: Any) -> str:

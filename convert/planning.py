@@ -15,15 +15,14 @@ from typing import Any
 
 from . import mapping
 from .converted import ConvertedWeights
-from .dual_format import lay_out
 from .errors import ConversionError
+from .formats import DEFAULT_FORMAT, FORMATS
+from .mapped_file import TensorInfo
 from .mapping import Entry, Side, Spec
 from .published import PublishedWeights
-from .safetensors_file import TensorInfo
 from .transforms import DTYPES, PIECE_BYTES
 from .weights import Source
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PROGRAM_BYTES = 40_000_000  # Python, NumPy, and the lists of a checkpoint's tensors
 RECOMPUTED = "recomputed from rope_theta, never read by the network"
@@ -31,11 +30,11 @@ RECOMPUTED = "recomputed from rope_theta, never read by the network"
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A safetensors file to be written. `head` is its beginning, length field and header."""
+    """A file to be written. `framing` is what stands in it besides the tensors, (offset, bytes)."""
 
     name: str
     nbytes: int
-    head: bytes = field(repr=False)
+    framing: tuple[tuple[int, bytes], ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Plan:
     target: str | None
     dtype: str
     asked_dtype: str | None
+    format: str
     max_shard_size: int | None
     files: tuple[PlannedFile, ...]
     tensors: tuple[PlannedTensor, ...]
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Of all safetensors files together."""
+        """Of all weights files together."""
         return sum(file.nbytes for file in self.files)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Plan:
         del plan["source"]["repository"]
         plan["source"]["directory"] = str(self.source.directory)
         for file in plan["files"]:
-            del file["head"]
+            del file["framing"]
         return {**plan, "nbytes": self.nbytes}
 
     def __str__(self) -> str:
@@ -127,9 +127,18 @@ def plan_conversion(
     weights: PublishedWeights,
     target: str | Path | None = None,
     dtype: str | None = None,
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_shard_size: int | None = None,
+    format: str = DEFAULT_FORMAT,
 ) -> Plan:
-    """The plan for published to ours. `dtype` None keeps the source's. Raises ConversionError."""
+    """The plan for published to ours. None keeps the source's `dtype`, is the format's own shard size.
+
+    Raises:
+        ConversionError: an argument that cannot be.
+    """
+    if format not in FORMATS:
+        raise ConversionError(f"--format: is {format!r}, expected one of {', '.join(FORMATS)}")
+    written = FORMATS[format]
+    max_shard_size = written.shard_bytes if max_shard_size is None else max_shard_size
     if dtype is not None and dtype not in DTYPE_NAMES:
         raise ConversionError(f"--dtype: is {dtype!r}, expected one of {', '.join(DTYPE_NAMES)}")
     if max_shard_size < 1:
@@ -148,12 +157,12 @@ def plan_conversion(
     shards = _shards(specs, max_shard_size)
     files, tensors = [], []
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        head, places = lay_out(shard)
-        files.append(PlannedFile(file, max(p.offset + p.nbytes for p in places.values()), head))
+        file = f"model-{number:05}-of-{len(shards):05}.{written.suffix}"
+        layout = written.lay_out(shard)
+        files.append(PlannedFile(file, layout.nbytes, layout.framing))
         tensors += [
             _planned(name, file, info, entries[name], entries[name].published)
-            for name, info in places.items()
+            for name, info in layout.places.items()
         ]
     return Plan(
         reverse=False,
@@ -161,6 +170,7 @@ def plan_conversion(
         target=None if target is None else str(target),
         dtype=asked or weights.dtype,
         asked_dtype=dtype,
+        format=format,
         max_shard_size=max_shard_size,
         files=tuple(files),
         tensors=tuple(tensors),
@@ -187,9 +197,10 @@ def plan_reversal(weights: ConvertedWeights, target: str | Path | None = None) -
         target=None if target is None else str(target),
         dtype=_most([(tensor.dtype, tensor.nbytes) for tensor in tensors]),
         asked_dtype=None,
+        format="safetensors",
         max_shard_size=None,
         files=tuple(
-            PlannedFile(name, record.nbytes, weights.published_head(name))
+            PlannedFile(name, record.nbytes, ((0, weights.published_head(name)),))
             for name, record in manifest.published_files.items()
         ),
         tensors=tuple(tensors),

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 import struct
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from .errors import ConversionError
-from .storage import read_at
-from .tensor_io import Place, address
+from .mapped_file import MappedFile, TensorInfo
 
 MAX_RANK = 8
 MAX_HEADER_BYTES = 4 << 20  # the published checkpoint needs 0.8 MB for all its shards together
@@ -44,16 +40,6 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
 }
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A header's entry: `offset` is from the start of the file, `nbytes` the length there."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    nbytes: int
 
 
 def parse_header(head: bytes, file_bytes: int, name: str) -> dict[str, TensorInfo]:
@@ -82,93 +68,56 @@ def parse_header(head: bytes, file_bytes: int, name: str) -> dict[str, TensorInf
     return tensors
 
 
-class SafetensorsFile:
-    """One file, mapped into memory and checked. Arrays that it gives are read-only views of the map.
+class SafetensorsFile(MappedFile):
+    """One file, mapped into memory and checked.
 
     Attributes:
         head: its first 8 + n bytes, length field and header.
-        nbytes: its size.
-        tensors: its header's entries, in their order.
 
     Raises:
         ConversionError: the file is missing, truncated, or no safetensors file.
     """
 
-    _file: BinaryIO | None
-    _map: mmap.mmap | None
+    head: bytes
 
     def __init__(self, path: Path):
         if not path.exists():
             raise ConversionError(f"{path.name}: is not in {path.parent}; download it again")
         if not path.is_file():
             raise ConversionError(f"{path}: is no ordinary file, expected a safetensors file")
-        self._open(path)
-        self._describe(path.name, self._read_head(path.name), self.nbytes)
+        self.open(path)
+        self.head = self._read_head()
+        self.tensors = parse_header(self.head, self.nbytes, self.name)
 
     @classmethod
     def described(cls, name: str, head: bytes, nbytes: int) -> SafetensorsFile:
         """A file that is elsewhere, by its first bytes and its size; :meth:`attach` it before its content is read."""
         file = cls.__new__(cls)
-        file._map = file._file = None
-        file._describe(name, head, nbytes)
+        file.name, file.head, file.nbytes = name, head, nbytes
+        file.tensors = parse_header(head, nbytes, name)
         return file
 
     def attach(self, path: Path) -> None:
         """The file has come, and stands at `path`. Raises ConversionError: it is not the one that was described."""
-        head, nbytes = self.head, self.nbytes
-        self._open(path)
-        if self.nbytes != nbytes or self._read_head(self.name) != head:
+        name, nbytes = self.name, self.nbytes
+        self.open(path)
+        self.name = name
+        if self.nbytes != nbytes or self._read_head() != self.head:
             raise ConversionError(
                 f"{self.name}: is not the file that its header announced; download it again"
             )
 
-    def detach(self) -> None:
-        """Gives the content up; it can be attached again."""
-        if self._file:
-            self._file.close()
-        self._map = self._file = None
-
     @property
-    def attached(self) -> bool:
-        """Whether its content can be read."""
-        return self._file is not None
+    def framing(self) -> tuple[tuple[int, bytes], ...]:
+        """What stands in the file besides tensors, as (offset, bytes)."""
+        return ((0, self.head),)
 
-    def array(self, name: str) -> np.ndarray:
-        info = self.tensors[name]
-        assert self._map, f"{self.name} is not there"
-        flat = np.frombuffer(self._map, info.dtype, info.nbytes // info.dtype.itemsize, info.offset)
-        return flat.reshape(info.shape)
-
-    def read(self, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` from `offset` on. Raises OSError, ConversionError: the file has become shorter."""
-        read_at(self._descriptor, offset, buffer, self.name)
-
-    def place(self, name: str) -> Place:
-        info = self.tensors[name]
-        return Place(name, address(self.array(name)), info.nbytes, self, info.offset)
-
-    def status(self) -> os.stat_result:
-        return os.fstat(self._descriptor)
-
-    @property
-    def _descriptor(self) -> int:
-        assert self._file, f"{self.name} is not there"
-        return self._file.fileno()
-
-    def _open(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 (it stays open as long as this lives)
-        self.nbytes = self.status().st_size
-        if self.nbytes:
-            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
-
-    def _read_head(self, name: str) -> bytes:
-        assert self._file
-        field = self._file.read(8)
-        return field + self._file.read(head_bytes(field, self.nbytes, name) - 8)
-
-    def _describe(self, name: str, head: bytes, nbytes: int) -> None:
-        self.name, self.head, self.nbytes = name, head, nbytes
-        self.tensors = parse_header(head, nbytes, name)
+    def _read_head(self) -> bytes:
+        field = bytearray(min(8, self.nbytes))
+        self.read(0, memoryview(field))
+        head = bytearray(head_bytes(bytes(field), self.nbytes, self.name))
+        self.read(0, memoryview(head))
+        return bytes(head)
 
 
 def head_bytes(field: bytes, file_bytes: int, name: str) -> int:

@@ -137,7 +137,7 @@ class _Reversal:
             progress(writer.flush())
 
         for side, side_blocks in zip(self.entry.ours, blocks):
-            scatter(side_blocks, self.weights.read(side.name), side.name, reader, writer, flush)
+            scatter(side_blocks, self.weights.mapped(side.name), side.name, reader, writer, flush)
         for name, hash_ in reader.hashes().items():
             self.weights.check_hash(name, hash_)
         for target in self.targets:

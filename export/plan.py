@@ -186,6 +186,11 @@ def open_converted(src: str | Path) -> ConvertedWeights:
     if path.is_dir():
         weights = open_source(Source(path, path.resolve().name))
         if isinstance(weights, ConvertedWeights):
+            if weights.manifest.stored != "safetensors":
+                raise ExportError(
+                    f"{src}: holds {weights.manifest.stored} files, which graphs cannot point into; "
+                    "convert with --format safetensors"
+                )
             return weights
     elif path.exists():
         raise ExportError(f"{src}: is a file, expected a converted directory")

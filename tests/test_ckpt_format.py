@@ -14,8 +14,8 @@ import pytest
 from mindspore import nn
 from mindspore.train.checkpoint_pb2 import Checkpoint
 
-from kimi_vl.convert import ConversionError, ckpt_format
-from kimi_vl.convert.ckpt_format import MAX_FILE_BYTES, lay_out
+from kimi_vl.convert import ConversionError
+from kimi_vl.convert.ckpt_format import MAX_FILE_BYTES, CkptFile, lay_out
 from kimi_vl.convert.mapping import Spec
 from kimi_vl.convert.storage import PartFile
 from kimi_vl.convert.transforms import DTYPES
@@ -38,13 +38,12 @@ def contents(specs=SPECS):
     }
 
 
-def write(path, specs, data, slice_bytes=ckpt_format.SLICE_BYTES):
+def write(path, specs, data):
     """The file, its pieces written in an order in which they do not stand in it."""
-    layout = lay_out(specs, slice_bytes)
+    layout = lay_out(specs)
     part = PartFile(path, layout.nbytes)
     for name in reversed(specs):
-        for s in reversed(layout.slices[name]):
-            part.write(s.offset, data[name][s.begin : s.begin + s.nbytes])
+        part.write(layout.places[name].offset, data[name])
     for offset, piece in layout.framing:
         part.write(offset, piece)
     part.finish()
@@ -62,29 +61,48 @@ def test_it_is_what_mindspore_saves(tmp_path):
     assert ours.read_bytes() == (tmp_path / "theirs.ckpt").read_bytes()
 
 
-@pytest.mark.parametrize("slice_bytes", [ckpt_format.SLICE_BYTES, 1000, 7])
-def test_it_is_mindspores_message(tmp_path, slice_bytes):
+def test_it_is_mindspores_message(tmp_path):
     data, message = contents(), Checkpoint()
     for name, spec in SPECS.items():
-        for at in range(0, len(data[name]), slice_bytes):
-            value = message.value.add()
-            value.tag = name
-            value.tensor.dims.extend(spec.shape)
-            value.tensor.tensor_type = str(getattr(ms, spec.dtype))
-            value.tensor.tensor_content = data[name][at : at + slice_bytes]
-    ours = write(tmp_path / "ours.ckpt", SPECS, data, slice_bytes)
+        value = message.value.add()
+        value.tag = name
+        value.tensor.dims.extend(spec.shape)
+        value.tensor.tensor_type = str(getattr(ms, spec.dtype))
+        value.tensor.tensor_content = data[name]
+    ours = write(tmp_path / "ours.ckpt", SPECS, data)
     assert ours.read_bytes() == message.SerializeToString()
 
 
-@pytest.mark.parametrize("slice_bytes", [ckpt_format.SLICE_BYTES, 1000, 7])
-def test_mindspore_reads_it_bit_for_bit(tmp_path, slice_bytes):
+def test_mindspore_reads_it_bit_for_bit(tmp_path):
     data = contents()
-    read = ms.load_checkpoint(str(write(tmp_path / "a.ckpt", SPECS, data, slice_bytes)))
+    read = ms.load_checkpoint(str(write(tmp_path / "a.ckpt", SPECS, data)))
     assert list(read) == list(SPECS)
     for name, spec in SPECS.items():
         assert read[name].shape == spec.shape
         assert read[name].dtype == getattr(ms, spec.dtype)
         assert read[name].get_bytes() == data[name]
+
+
+def test_it_is_read_again_and_damage_between_the_tensors_is_found(tmp_path):
+    data = contents()
+    path = write(tmp_path / "a.ckpt", SPECS, data)
+    file = CkptFile(path, SPECS)
+    for name, spec in SPECS.items():
+        assert (file.array(name).shape, file.array(name).dtype.name) == (spec.shape, spec.dtype)
+        assert file.array(name).tobytes() == data[name]
+    offset, _ = file.framing[2]
+    content = bytearray(path.read_bytes())
+    content[offset + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConversionError, match=f"a.ckpt: is damaged at byte {offset}"):
+        CkptFile(path, SPECS)
+    path.write_bytes(content[:-1])
+    with pytest.raises(
+        ConversionError, match=f"a.ckpt: has {len(content) - 1} bytes, expected {len(content)}"
+    ):
+        CkptFile(path, SPECS)
+    with pytest.raises(ConversionError, match="b.ckpt: is not in"):
+        CkptFile(tmp_path / "b.ckpt", SPECS)
 
 
 def test_it_fills_a_network(tmp_path):
@@ -102,33 +120,26 @@ def test_it_fills_a_network(tmp_path):
     }
     data = contents(specs)
     net = Net()
-    path = write(tmp_path / "net.ckpt", specs, data, slice_bytes=8)
+    path = write(tmp_path / "net.ckpt", specs, data)
     assert ms.load_param_into_net(net, ms.load_checkpoint(str(path)), strict_load=True) == ([], [])
     assert {name: p.get_bytes() for name, p in net.parameters_dict().items()} == data
 
 
-@pytest.mark.parametrize("slice_bytes", [ckpt_format.SLICE_BYTES, 100])
-def test_pieces_and_slices_fill_the_file(slice_bytes):
-    layout = lay_out(SPECS, slice_bytes)
+def test_framing_and_tensors_fill_the_file():
+    layout = lay_out(SPECS)
     spans = [(offset, len(piece)) for offset, piece in layout.framing]
-    for name, spec in SPECS.items():
-        at = 0
-        for s in layout.slices[name]:
-            assert s.begin == at and 0 < s.nbytes <= slice_bytes
-            at += s.nbytes
-            spans.append((s.offset, s.nbytes))
-        assert at == math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
+    spans += [(info.offset, info.nbytes) for info in layout.places.values()]
     end = 0
     for offset, nbytes in sorted(spans):
         assert offset == end
         end += nbytes
     assert end == layout.nbytes
-    assert layout == lay_out(SPECS, slice_bytes)
+    assert layout == lay_out(SPECS)
 
 
 def largest():
-    """Specs of a file of just the size that is allowed: three tensors of a slice each, and one more."""
-    specs = {f"t{i}": Spec((ckpt_format.SLICE_BYTES // 2,), "bfloat16") for i in range(3)}
+    """Specs of a file of just the size that is allowed."""
+    specs = {f"t{i}": Spec((1 << 28,), "bfloat16") for i in range(3)}
     rest = (MAX_FILE_BYTES - lay_out(specs).nbytes) // 2
     for last in ("last", "last_"):  # one of them makes the size odd
         for n in range(rest - 40, rest):
@@ -142,7 +153,7 @@ def test_a_file_that_is_too_large_is_refused():
     *specs, (last, spec) = largest().items()
     assert lay_out(dict([*specs, (last, spec)])).nbytes == 2**31 - 1
     with pytest.raises(
-        ConversionError, match=r"4 tensors from t0 on would have 2147483648 bytes, .* smaller"
+        ConversionError, match=r"a .ckpt file from t0 on would have 2147483648 bytes, .* a smaller one"
     ):
         lay_out(dict([*specs, (last + "_", spec)]))
 
@@ -159,7 +170,7 @@ def test_the_largest_file_is_read(tmp_path, implementation):
         f.truncate(layout.nbytes)
         for offset, piece in layout.framing:
             os.pwrite(f.fileno(), piece, offset)
-        end = layout.slices[last][-1]
+        end = layout.places[last]
         os.pwrite(f.fileno(), b"the end!", end.offset + end.nbytes - 8)
     script = (
         "import sys, mindspore as ms\n"

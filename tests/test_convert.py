@@ -228,6 +228,34 @@ def test_dtypes(tmp_path, source, asked, name):
         assert same_bits(weights.read(n), before.read(n).astype(weights.read(n).dtype)), n
 
 
+@pytest.mark.parametrize("dtype", [None, "fp16", "fp32"])
+def test_mindspore_loads_its_own_format(tmp_path, dtype):
+    ms = pytest.importorskip("mindspore")
+    convert(TINY, tmp_path / "there", format="ckpt", dtype=dtype, max_shard_size=300_000)
+    weights, plain = open_weights(tmp_path / "there"), open_weights(TINY)
+    shards = sorted((tmp_path / "there").glob("*.ckpt"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "there/model.ckpt.index.json").read_text())["weight_map"]
+    loaded = {}
+    for shard in shards:
+        for name, parameter in ms.load_checkpoint(str(shard)).items():
+            assert index[name] == shard.name
+            loaded[name] = parameter
+    assert list(loaded) == weights.names()
+    for name in weights.names():
+        array = weights.read(name)
+        assert loaded[name].get_bytes() == array.tobytes()
+        assert same_bits(array, plain.read(name).astype(array.dtype))
+        assert array.flags.aligned
+
+
+def test_the_way_back_from_mindspores_format_is_bit_for_bit(tmp_path):
+    convert(TINY, tmp_path / "there", format="ckpt")
+    assert check(tmp_path / "there") == []
+    revert(tmp_path / "there", tmp_path / "back")
+    assert content(tmp_path / "back") == content(TINY)
+
+
 def test_a_value_that_overflows_stops_the_conversion(tmp_path):
     raw = configuration()
     t = tensors(raw, np.float32)
@@ -586,6 +614,8 @@ def test_bad_arguments(tmp_path):
         convert(TINY, tmp_path / "dst", dtype="int8")
     with pytest.raises(ConversionError, match="--max-shard-size: is 0"):
         convert(TINY, tmp_path / "dst", max_shard_size=0)
+    with pytest.raises(ConversionError, match="--format: is 'onnx', expected one of safetensors, ckpt"):
+        convert(TINY, tmp_path / "dst", format="onnx")
 
 
 def test_directions_are_not_mixed_up(converted, tmp_path):

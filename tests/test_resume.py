@@ -143,6 +143,8 @@ def test_a_disk_that_fails_loses_nothing(whole, tmp_path, monkeypatch, reverse, 
             assert e.filename or e.strerror
         finally:
             monkeypatch.setattr(os, call, real)
+        if not target.exists():  # a header could not be read
+            continue
         # The last sync comes when all is done.
         assert (target / JOURNAL).exists() or content(target) == expected(reverse, whole)
         if not (target / JOURNAL).exists():
