@@ -14,6 +14,8 @@ import numpy as np
 from .errors import ConversionError
 
 PART = ".part"
+WINDOW = 8 << 20  # bytes of a file that are brought to the disk at once
+LAG = 8  # windows that may be under way
 
 Progress = Callable[[int], object]
 """Called with the number of bytes done since the last call."""
@@ -49,13 +51,15 @@ class PartFile:
                 raise OSError(e.errno, e.strerror, str(path)) from None
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        left = memoryview(data)
+        left, begin = memoryview(data), offset
         while left:
             try:
                 n = os.pwrite(self._descriptor, left, offset)
             except OSError as e:
                 raise OSError(e.errno, e.strerror, str(self.path)) from None
             left, offset = left[n:], offset + n
+        if hasattr(os, "posix_fadvise"):
+            self._bring_to_disk(begin, offset)
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from `offset` on."""
@@ -68,10 +72,15 @@ class PartFile:
         count = math.prod(shape)
         return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
 
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Tells the system to bring a region that is complete to the disk, without waiting for it."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    def _bring_to_disk(self, begin: int, end: int) -> None:
+        """Lets the system write windows that are complete, and forget those that it has written meanwhile.
+
+        Otherwise every page written is a page of memory that has to be found first, which takes several times as long
+        as the writing; so the same few are used again and again, and what others have in the cache stays there.
+        """
+        for window in range(begin // WINDOW, end // WINDOW):
+            for at in {window, max(0, window - LAG)}:
+                os.posix_fadvise(self._descriptor, at * WINDOW, WINDOW, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         os.fsync(self._descriptor)

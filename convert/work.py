@@ -88,7 +88,6 @@ class _Conversion:
                 part.write(offset, data)
                 offset += len(data)
                 progress(len(data))
-            part.start_writeback(target.offset, target.nbytes)
             written[target.name] = digest.hexdigest()
             if losses.overflowed:
                 overflowed[target.name] = losses.overflowed
@@ -140,8 +139,6 @@ class _Reversal:
             scatter(side_blocks, self.weights.mapped(side.name), side.name, reader, writer, flush)
         for name, hash_ in reader.hashes().items():
             self.weights.check_hash(name, hash_)
-        for target in self.targets:
-            parts(target.file).start_writeback(target.offset, target.nbytes)
         return Done(writer.hashes())
 
     def _put_back(self, parts: Parts, progress: Progress) -> Done:
