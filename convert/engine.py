@@ -127,5 +127,6 @@ class Engine:
     def _tick(self, nbytes: int) -> None:
         if self._stop.is_set():
             raise Stopped
-        with self._lock:
-            self._progress(nbytes)
+        if nbytes:
+            with self._lock:
+                self._progress(nbytes)

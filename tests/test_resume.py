@@ -63,14 +63,14 @@ def units(target):
 def test_interrupted_work_is_gone_on_with(whole, tmp_path, error, reverse, workers):
     target = tmp_path / "dst"
     with pytest.raises(error):
-        run(reverse, whole, target, workers=workers, progress=stop_after(40, error))
+        run(reverse, whole, target, workers=workers, progress=stop_after(50, error))
     before = units(target)
     assert before
     if not reverse:
         with pytest.raises(ConversionError, match="was not finished; run its conversion again"):
             open_weights(target)
     with pytest.raises(error):
-        run(reverse, whole, target, workers=workers, progress=stop_after(len(before) + 20, error))
+        run(reverse, whole, target, workers=workers, progress=stop_after(len(before) + 45, error))
     assert len(units(target)) > len(before)
     assert units(target)[: len(before)] == before
     run(reverse, whole, target, workers=workers)
