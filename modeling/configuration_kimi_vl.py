@@ -136,6 +136,8 @@ class KimiVLConfig(_NamedDtype):
     """
 
     model_type = "kimi_vl"
+    # AutoTokenizer's answer where tokenizer_config.json is missing or names no class.
+    tokenizer_class = "TikTokenTokenizer"
     sub_configs = {"text_config": KimiVLTextConfig, "vision_config": KimiVLVisionConfig}
     sub_configs_defaults = dict(sub_configs)  # the same under its newer name; keeps saved parts short
 

@@ -15,9 +15,11 @@ class _TokenizerKey(PretrainedConfig):
 
     Under `KimiVLConfig`, AutoTokenizer would take the tokenizer for one of transformers' own and let a directory's
     `auto_map` code go first when the caller trusts remote code. Found by its class name, which is the published
-    `tokenizer_class`, ours goes first. So AutoTokenizer must not find a tokenizer by `KimiVLConfig` at all. (Of a
-    directory whose ``tokenizer_config.json`` names no class, AutoTokenizer asks nothing but its `auto_map`; AutoProcessor
-    and our own classes load it without.)
+    `tokenizer_class`, ours goes first. So AutoTokenizer must not find a tokenizer by `KimiVLConfig` at all.
+
+    A limit: where ``tokenizer_config.json`` has an `auto_map` but names no class, AutoTokenizer consults nothing that
+    could be registered; it refuses, or runs the directory's code if the caller trusts it. AutoProcessor and our own
+    classes load such a directory and run nothing. Without an `auto_map`, `KimiVLConfig.tokenizer_class` answers.
     """
 
     model_type = "kimi_vl_tokenizer"
