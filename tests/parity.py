@@ -59,7 +59,7 @@ def run(oracle: Oracle, candidate, names=()):
     made["header"] |= {"date": "2025-01-01", "took_seconds": 1.0, "machine": "a machine"}
     file = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
     made["candidate"]["files"] = file
-    made["reference"] = {"path": "src", "runs_on": "Torch on CPU", "dtype": "float32", "stored": "float32"}
-    made["reference"]["files"] = file
+    made["reference"] = {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": file}
+    made["reference"] |= {"dtype": "float32", "stored": "float32"}
     made["environment"] = {"python": "3", "kimi-vl": "0", "mindspore": None}
     return made

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bundles
 import pytest
@@ -15,6 +17,8 @@ from click.testing import CliRunner
 from golden import DATA
 from parity import OracleCandidate
 
+from kimi_vl import nano_path
+from kimi_vl.convert import source
 from kimi_vl.verify import candidates
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.oracle import build_oracle
@@ -87,8 +91,8 @@ def test_a_bundle_with_a_changed_byte_is_refused_before_it_runs(tmp_path):
     content[-100] ^= 1
     shard.unlink()
     shard.write_bytes(content)
-    source = DATA / "tiny8-fp32"
-    result = invoke("--reference", source, "--candidate", broken, "--report", tmp_path / "r")
+    tiny = DATA / "tiny8-fp32"
+    result = invoke("--reference", tiny, "--candidate", broken, "--report", tmp_path / "r")
     assert result.exit_code == 2 and shard.name in result.stderr.splitlines()[-1]
 
 
@@ -99,6 +103,24 @@ def test_all_is_well(candidate_is, tmp_path):
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["report.html", "run.json", "verdict.json"]
     assert "reference: " in result.stdout and "[1/11] text" in result.stderr
     assert len(json.loads((tmp_path / "r" / "run.json").read_text())["candidate"]["files"]) == 6
+
+
+def test_what_is_compared_is_called_as_it_was_given(candidate_is, tmp_path, monkeypatch):
+    """A path stays one; nano is nano, wherever the package is installed."""
+    nano = nano_path()
+    assert nano != "nano"
+    put = invoke("--reference", "nano", "--candidate", "nano", "--dry-run")
+    assert re.search(r"reference: nano\n +candidate: nano \(published directory\)\n", put.stdout), put.output
+    assert f"reference: {nano}\n" in invoke("--reference", nano, "--candidate", nano, "--dry-run").stdout
+    candidate_is()
+    found = source.Source(Path(TINY), "some/repo", "abc")
+    monkeypatch.setattr(source, "resolve", lambda value: found)
+    result = invoke("--reference", "some/repo", "--candidate", TINY, "--report", tmp_path, "--cases", "text")
+    assert result.exit_code == 0, result.output
+    assert "reference: some/repo (revision abc)\n" in result.stdout
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["reference"]["path"], run["reference"]["revision"]) == ("some/repo", "abc")
+    assert "<code>some/repo</code>, revision <code>abc</code>" in (tmp_path / "report.html").read_text()
 
 
 def test_status_1_names_the_first_bad_layer(candidate_is, tmp_path):

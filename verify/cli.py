@@ -121,14 +121,16 @@ def _verify(
     thresholds = load_profile(profile)
     reference = _source("--reference", source, whole=not dry_run)
     directory = reference.directory
-    found = inspect(_source("--candidate", candidate, whole=False).directory)
+    other = _source("--candidate", candidate, whole=False)
+    found = inspect(other.directory)
     config = require_same_model(directory, found)
     plans = select(suite(config, found.limits), names)
     real = has_processor(directory)
     seed = DEFAULT_SEED if seed is None else seed
+    shown = _called(source, reference), _called(candidate, other)
     arguments = {
-        "reference": f"{directory} (revision {reference.revision})" if reference.revision else str(directory),
-        "candidate": f"{found.path} ({found.kind})",
+        "reference": f"{shown[0]} (revision {reference.revision})" if reference.revision else shown[0],
+        "candidate": f"{shown[1]} ({found.kind})",
         "report": report or "(none: dry run)",
         "profile": thresholds.name,
         "cases": ", ".join(plan.name for plan in plans),
@@ -151,7 +153,8 @@ def _verify(
     from ..convert.source import open_source
 
     stored = open_source(reference).dtype
-    run["reference"] |= {"source": reference.name, "revision": reference.revision, "stored": stored}
+    run["reference"] |= {"path": shown[0], "revision": reference.revision, "stored": stored}
+    run["candidate"]["path"] = shown[1]
     from .judge import judge as verdict_on
 
     _conclude(run, verdict_on(run, thresholds), thresholds, report, as_json)
@@ -192,6 +195,11 @@ def _source(option: str, value: str, whole: bool) -> Any:
         return found
     except ConversionError as e:
         raise ConversionError(f"{option} {e}") from None
+
+
+def _called(value: str, source: Any) -> str:
+    """What to call a SRC: as it was given if that is its directory, else its name, not where that happens to lie."""
+    return value if Path(value).is_dir() else source.name
 
 
 def _conclude(run: dict[str, Any], verdict: Any, profile: Any, report: str | None, as_json: bool) -> None:

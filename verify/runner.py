@@ -221,7 +221,6 @@ def provenance(reference: Path, found: Found, started: float) -> dict[str, Any]:
         },
         "environment": {"python": platform.python_version(), **packages},
         "reference": {
-            "path": str(reference),
             "class": "transformers Kimi_K25ForConditionalGeneration",
             "runs_on": f"Torch {packages['torch']} on CPU",
             "dtype": "float32",
