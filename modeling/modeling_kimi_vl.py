@@ -21,6 +21,7 @@ from .generation import KimiVLGeneration
 from .graphs import LastLogitsGraph, TextGraph, VisionGraph
 from .kernels import get_kernels
 from .language import LanguageModel
+from .parameters import init_parameters, no_init_parameters
 from .settings import generation_settings, in_token_limit
 from .shapes import text_inputs, vision_inputs
 from .vision import MoonViT, Projector
@@ -160,7 +161,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         self.generation_config = None
         graphs = NativeGraphs(self, max_context, prefill_chunk, max_image_patches or largest_image(4096))
         self.engine = Engine(model_config, graphs)
-        if getattr(ms.Parameter, "init_param", True):
+        if init_parameters():
             self._initialise(np.random.default_rng(0), getattr(config, "initializer_range", 0.02))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,9 +218,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         if config is None:
             config = KimiVLConfig.from_dict(dict(weights.raw_config))
         limit = in_token_limit(weights.directory)
-        init_param = getattr(ms.Parameter, "init_param", True)
-        ms.Parameter.init_param = False  # the weights come from the checkpoint
-        try:
+        with no_init_parameters():  # the weights come from the checkpoint
             model = cls(
                 config,
                 dtype=_one_dtype(torch_dtype, mindspore_dtype, dtype) or weights.config.dtype,
@@ -227,8 +226,6 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
                 prefill_chunk=prefill_chunk,
                 max_image_patches=max_image_patches or largest_image(limit),
             )
-        finally:
-            ms.Parameter.init_param = init_param
         info = model.load_weights(weights)
         model.generation_config = generation_settings(weights.directory, model.model_config)
         return (model, info) if output_loading_info else model
