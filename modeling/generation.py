@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -49,32 +50,39 @@ class Sampling:
         if not self.repetition_penalty > 0:
             raise InputError(f"repetition_penalty: {self.repetition_penalty}, expected a positive number")
 
-    def choose(self, logits: np.ndarray, seen: np.ndarray, rng: np.random.Generator) -> int:
-        """The next token of one row: logits [V] fp32, the row's ids so far."""
-        if self.repetition_penalty != 1.0:
-            logits = logits.copy()
-            ids = np.unique(seen)
-            picked = logits[ids]
-            logits[ids] = np.where(
-                picked < 0, picked * self.repetition_penalty, picked / self.repetition_penalty
-            )
+    def candidates(self, logits: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids that may come next [n], ascending, and their probabilities [n]; logits [V] fp32, the row's ids so far.
+
+        As transformers' logits processors in the order in which its `generate` applies them.
+        """
+        scores = self._penalised(logits, seen)
         if not self.do_sample:
-            return int(logits.argmax())
-        scores = logits / np.float32(self.temperature)
-        candidates = None
+            return np.array([scores.argmax()]), np.ones(1)
+        scores = scores / np.float32(self.temperature)
+        ids = np.arange(len(scores))
         if 0 < self.top_k < len(scores):
-            kth = np.partition(scores, -self.top_k)[-self.top_k]
-            candidates = np.flatnonzero(scores >= kth)
-            scores = scores[candidates]
-        weights = np.exp(scores.astype(np.float64) - scores.max())
+            ids = np.flatnonzero(scores >= np.partition(scores, -self.top_k)[-self.top_k])
+        weights = np.exp(scores[ids].astype(np.float64) - scores.max())
         if self.top_p < 1.0:
             # The smallest set of likeliest tokens whose probability reaches top_p.
             order = np.argsort(-weights, kind="stable")
             before = np.cumsum(weights[order]) - weights[order]
-            weights[order[before >= self.top_p * weights.sum()]] = 0
-        total = np.cumsum(weights)
-        pick = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
-        return pick if candidates is None else int(candidates[pick])
+            keep = np.sort(order[before < self.top_p * weights.sum()])
+            ids, weights = ids[keep], weights[keep]
+        return ids, weights / weights.sum()
+
+    def choose(self, logits: np.ndarray, seen: np.ndarray, rng: np.random.Generator) -> int:
+        """The next token of one row; see `candidates`."""
+        ids, probabilities = self.candidates(logits, seen)
+        return int(ids[0] if len(ids) == 1 else rng.choice(ids, p=probabilities))
+
+    def _penalised(self, logits: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        if self.repetition_penalty == 1.0:
+            return logits
+        logits, ids = logits.copy(), np.unique(seen)
+        penalty, of_seen = np.float32(self.repetition_penalty), logits[ids]
+        logits[ids] = np.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
+        return logits
 
 
 @dataclass
@@ -102,21 +110,36 @@ class Settings:
         return _DEFAULT_NEW_TOKENS
 
 
-# Options of transformers' GenerationConfig that we take, with our defaults.
+# Options of transformers' GenerationConfig that we take, with transformers' defaults.
 _OPTIONS: dict[str, Any] = {
     "max_new_tokens": None, "max_length": None, "min_new_tokens": None, "do_sample": False, "temperature": 1.0,
-    "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "eos_token_id": None, "pad_token_id": None,
-    "bos_token_id": None, "use_cache": True, "return_dict_in_generate": False,
+    "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "eos_token_id": None, "pad_token_id": None,
+    "return_dict_in_generate": False,
 }  # fmt: skip
-# Options that change nothing here unless they ask for something we do not do: name -> values that ask for nothing.
-_NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1, None), "num_return_sequences": (1, None), "num_beam_groups": (1, None), "penalty_alpha": (None, 0),
-    "no_repeat_ngram_size": (0, None), "typical_p": (1.0, None), "min_p": (None, 0), "epsilon_cutoff": (0.0, None),
-    "eta_cutoff": (0.0, None), "length_penalty": (1.0, None), "early_stopping": (False, None),
-    "diversity_penalty": (0.0, None), "encoder_repetition_penalty": (1.0, None), "bad_words_ids": (None,),
-    "output_scores": (False, None), "output_logits": (False, None), "output_attentions": (False, None),
-    "output_hidden_states": (False, None), "stop_strings": (None,), "min_length": (0, None),
+# Options that choose no token: where a cache lives, how a graph is compiled, what belongs to a mode that we refuse.
+_WITHOUT_EFFECT = {
+    "bos_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "compile_config", "disable_compile", "low_memory", "prefill_chunk_size", "continuous_batching_config",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size", "renormalize_logits",
+    "remove_invalid_values", "transformers_version", "_from_model_config",
 }  # fmt: skip
+# All others are not implemented; beside None these values ask for nothing.
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "penalty_alpha": 0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "typical_p": 1, "min_p": 0, "epsilon_cutoff": 0, "eta_cutoff": 0,
+    "length_penalty": 1, "early_stopping": False, "diversity_penalty": 0, "encoder_repetition_penalty": 1,
+    "output_scores": False, "output_logits": False, "output_attentions": False, "output_hidden_states": False,
+    "min_length": 0, "guidance_scale": 1, "token_healing": False, "use_mtp": False,
+}  # fmt: skip
+
+
+@functools.cache
+def _known_options() -> frozenset[str]:
+    """Every option of transformers' GenerationConfig."""
+    from transformers import GenerationConfig
+
+    return frozenset(GenerationConfig().to_dict()) | _OPTIONS.keys() | _NEUTRAL.keys()
 
 
 def resolve(base: Any, override: Any, kwargs: dict[str, Any], default_pad: int) -> Settings:
@@ -125,48 +148,49 @@ def resolve(base: Any, override: Any, kwargs: dict[str, Any], default_pad: int) 
     Raises:
         InputError: an option that is unknown or not implemented.
     """
-    values = dict(_OPTIONS)
-    for config in (base, override):
-        if config is None:
-            continue
-        given = config if isinstance(config, dict) else config.to_diff_dict()
-        for name, value in given.items():
-            if name in values and value is not None:
-                values[name] = value
-            elif name in _NEUTRAL and value not in _NEUTRAL[name] and config is override:
-                raise InputError(f"generation_config.{name}: {value!r} is not implemented; leave it out")
-    for name, value in kwargs.items():
-        if name in values:
-            values[name] = value
-        elif name not in _NEUTRAL:
-            raise InputError(f"generate: there is no option {name!r}")
-        elif value not in _NEUTRAL[name]:
+    values, asked = dict(_OPTIONS), dict[str, Any]()
+    for given in (_given(base), _given(override), kwargs):
+        if given.get("max_length") is not None and given.get("max_new_tokens") is None:
+            values["max_new_tokens"] = None  # of two limits the one given last counts
+        values |= {name: value for name, value in given.items() if name in _OPTIONS}
+        asked |= {name: value for name, value in given.items() if name not in _OPTIONS}
+    for name, value in asked.items():
+        if name not in _known_options():
+            if name in kwargs:
+                raise InputError(f"generate: there is no option {name!r}")
+        elif name not in _WITHOUT_EFFECT and value is not None and value != _NEUTRAL.get(name):
             raise InputError(f"generate: {name}={value!r} is not implemented; leave it out")
-    if "max_length" in kwargs and "max_new_tokens" not in kwargs:
-        values["max_new_tokens"] = None
     if values["max_new_tokens"] is not None and values["max_new_tokens"] < 1:
         raise InputError(f"max_new_tokens: {values['max_new_tokens']}, expected a positive number")
-    eos = values["eos_token_id"]
-    eos = [] if eos is None else [int(e) for e in np.atleast_1d(eos)]
-    pad = values["pad_token_id"]
+    eos, pad = values["eos_token_id"], values["pad_token_id"]
+
+    def number(name: str) -> float:
+        return 1.0 if values[name] is None else float(values[name])
+
     sampling = Sampling(
         do_sample=bool(values["do_sample"]),
-        temperature=1.0 if values["temperature"] is None else float(values["temperature"]),
+        temperature=number("temperature"),
         top_k=int(values["top_k"] or 0),
-        top_p=1.0 if values["top_p"] is None else float(values["top_p"]),
-        repetition_penalty=1.0
-        if values["repetition_penalty"] is None
-        else float(values["repetition_penalty"]),
+        top_p=number("top_p"),
+        repetition_penalty=number("repetition_penalty"),
     )
     return Settings(
         sampling=sampling,
         max_new_tokens=values["max_new_tokens"],
         max_length=values["max_length"],
         min_new_tokens=int(values["min_new_tokens"] or 0),
-        eos=eos,
+        eos=[] if eos is None else [int(e) for e in np.atleast_1d(eos)],
         pad=default_pad if pad is None else int(pad),
         return_dict=bool(values["return_dict_in_generate"]),
     )
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """What a generation config says; its absent options are None."""
+    if config is None:
+        return {}
+    values = config if isinstance(config, dict) else config.to_diff_dict()
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class KimiVLGeneration(KimiVLForward):
@@ -194,9 +218,11 @@ class KimiVLGeneration(KimiVLForward):
             past_key_values: a cache that holds the beginning of every row of `input_ids`; extended in place.
             generation_config: transformers' GenerationConfig; `options` win over it, it wins over the model's own.
             streamer: transformers' TextStreamer or alike; one row only.
-            seed: of the sampling; each row draws from its own stream.
-            options: max_new_tokens (default 20), max_length, min_new_tokens, do_sample, temperature, top_k, top_p,
-                repetition_penalty, eos_token_id (one id, several, or None = no stop), pad_token_id.
+            seed: of the sampling; each row draws from its own stream. Default: drawn from numpy's global generator,
+                which `mindspore.set_seed` and `transformers.set_seed` seed.
+            options: max_new_tokens (default 20), max_length, min_new_tokens, do_sample, temperature, top_k (default 50),
+                top_p, repetition_penalty, eos_token_id (one id, several, or None = no stop), pad_token_id,
+                return_dict_in_generate. Options of transformers that are not implemented are errors.
 
         Reaching the context ends a row with a warning.
 
@@ -264,7 +290,9 @@ class KimiVLGeneration(KimiVLForward):
     ) -> np.ndarray:
         """New tokens [B, n], n <= limit."""
         batch = len(rows)
-        rngs = [np.random.default_rng(None if seed is None else [seed, b]) for b in range(batch)]
+        if seed is None:
+            seed = int(np.random.randint(2**63, dtype=np.int64)) if settings.sampling.do_sample else 0
+        rngs = [np.random.default_rng([seed, b]) for b in range(batch)]
         seen = [list(ids) for ids, _ in rows]
         logits = [row_logits for _, row_logits in rows]
         finished = [False] * batch
@@ -277,7 +305,7 @@ class KimiVLGeneration(KimiVLForward):
                 scores = logits[b]
                 if step < settings.min_new_tokens and settings.eos:
                     scores = scores.copy()
-                    scores[settings.eos] = -np.inf
+                    scores[[e for e in settings.eos if 0 <= e < len(scores)]] = -np.inf
                 column[b] = settings.sampling.choose(scores, np.asarray(seen[b]), rngs[b])
                 seen[b].append(column[b])
                 finished[b] = column[b] in settings.eos

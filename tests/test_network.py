@@ -176,20 +176,6 @@ def test_prompts_that_fill_the_cache_to_its_last_slot():
         model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
 
 
-def test_generation_ends_at_the_context_with_a_warning(caplog):
-    model = load(max_context=30)
-    ids = load_case("tiny8-bf16", "text")["input_ids"]
-    with caplog.at_level(logging.WARNING):
-        out = model.generate(input_ids=ids, max_new_tokens=50, eos_token_id=None)
-    assert out.shape == (1, 31)  # 30 tokens in the cache, and the one that they predict
-    assert "reached the context of 30 tokens" in caplog.text
-
-
-def test_a_longer_prompt_than_the_context_says_by_how_much(model):
-    with pytest.raises(TooLongError, match="600 tokens exceeds the context of 512 by 88"):
-        model.generate(input_ids=np.ones((1, 600), np.int64), max_new_tokens=1)
-
-
 def test_forward_takes_what_users_pass(model):
     case = load_case("tiny8-bf16", "image")
     given = inputs(case)
