@@ -178,9 +178,9 @@ def test_twenty_tokens_unless_asked_otherwise(model):
 
 def test_stop_ids_cannot_come_before_min_new_tokens(model):
     stop = int(GREEDY[2])
-    out = new_tokens(model, eos_token_id=[stop, 10**6], min_new_tokens=5, max_new_tokens=12)
-    assert out[:2] == GREEDY[:2].tolist()
-    assert stop not in out[:5] and len(out) >= 5
+    out = new_tokens(model, eos_token_id=[stop, 10**6], min_new_tokens=3, max_new_tokens=12)
+    assert out[:2] == GREEDY[:2].tolist() and out[2] != stop
+    assert new_tokens(model, eos_token_id=stop, min_new_tokens=2) == GREEDY[:3].tolist()
 
 
 def test_finished_rows_are_filled_with_pad(model):
