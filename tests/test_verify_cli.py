@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_ends_with_2(tmp_path):
     (damaged / "model-00002-of-00003.safetensors").unlink()
     result = invoke("--reference", damaged, "--candidate", TINY, "--report", tmp_path / "r")
     assert result.exit_code == 2
-    assert "model-00002-of-00003.safetensors: is missing" in result.stderr.splitlines()[-1]
+    assert "--reference model-00002-of-00003.safetensors: is not in" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("package", ["torch", "jinja2", "matplotlib"])

@@ -113,15 +113,18 @@ def _verify(
     as_json: bool,
     dry_run: bool,
 ) -> None:
+    from ..convert.source import fetch, resolve
     from .candidates import inspect, require_same_model
     from .cases import DEFAULT_SEED, select, suite
     from .judge import load_profile
     from .prompts import has_processor
 
     thresholds = load_profile(profile)
-    reference = _source("--reference", source, whole=not dry_run)
+    with _about("--reference"):
+        reference = resolve(source)
+    with _about("--candidate"):
+        other = resolve(candidate)
     directory = reference.directory
-    other = _source("--candidate", candidate, whole=False)
     found = inspect(other.directory)
     config = require_same_model(directory, found)
     plans = select(suite(config, found.limits), names)
@@ -149,10 +152,9 @@ def _verify(
     Path(report).mkdir(
         parents=True, exist_ok=True
     )  # a report that cannot be written is known before the work
+    with _about("--reference"):
+        stored = fetch(reference).dtype  # of a repository, this downloads what is not there yet
     run = _run(directory, found, plans, real, seed)
-    from ..convert.source import open_source
-
-    stored = open_source(reference).dtype
     run["reference"] |= {"path": shown[0], "revision": reference.revision, "stored": stored}
     run["candidate"]["path"] = shown[1]
     from .judge import judge as verdict_on
@@ -183,16 +185,13 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
     return merged(run, provenance(directory, found, started))
 
 
-def _source(option: str, value: str, whole: bool) -> Any:
-    """What SRC means (see `convert.source.resolve`), with `whole` all its files downloaded; errors name the option."""
+@contextmanager
+def _about(option: str) -> Iterator[None]:
+    """What is wrong with a SRC is told with the option that named it."""
     from ..convert.errors import ConversionError
-    from ..convert.source import fetch, resolve
 
     try:
-        found = resolve(value)
-        if whole:
-            fetch(found)
-        return found
+        yield
     except ConversionError as e:
         raise ConversionError(f"{option} {e}") from None
 
