@@ -201,7 +201,6 @@ def cli(
         else:
             weights = open_for_conversion(source)
             todo = plan_conversion(weights, dst, dtype, limit, format)
-        click.echo(str(todo), err=as_json)
         report = _Report(todo, as_json)
         report.needs(workers)
         if not dry_run:

@@ -96,7 +96,7 @@ def test_there_and_back(tmp_path):
     result = run("--src", TINY, "--dst", ckpt)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[0].split() == ["src:", str(TINY)]
-    assert "123 published -> 76 ours" in result.output
+    assert result.output.count("123 published -> 76 ours") == 1
     assert result.output.splitlines()[-1].startswith(f"done       {ckpt}, ")
     result = run("--reverse", "--src", ckpt, "--dst", back)
     assert result.exit_code == 0, result.output
