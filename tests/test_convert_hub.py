@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from checkpoints import INDEX, TINY, content
 from hub_server import HubServer
 
+from kimi_vl import nano_path
 from kimi_vl.convert import ConversionError, EnvironmentProblem, convert, open_weights, plan
 from kimi_vl.convert.manifest import MANIFEST, Manifest
 
@@ -111,6 +113,29 @@ def test_a_discarded_source_leaves_nothing_and_takes_little_room(server, from_di
     assert max(most) <= 2
     assert without_source(content(target)) == without_source(from_directory)
     assert not [p for p in tmp_path.rglob("*.safetensors") if p.parent != target]
+
+
+def test_with_a_discarded_source_disk_use_stays_near_the_models_size(server, tmp_path, monkeypatch):
+    """27 layers in seven shards, as published."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    import make_synthetic
+
+    raw = make_synthetic.configuration(Path(nano_path(), "config.json"), layers=27, vision_layers=1)
+    make_synthetic.make(tmp_path / "src", raw, shard_bytes=2_600_000)
+    assert len(list((tmp_path / "src").glob("*.safetensors"))) == 7
+    server.commit("someone/deep", tmp_path / "src")
+    target, used = tmp_path / "dst", []
+
+    def progress(n):
+        blocks = 0
+        for path in target.rglob("*"):
+            with suppress(FileNotFoundError):  # it was removed meanwhile
+                blocks += path.stat().st_blocks
+        used.append(blocks * 512)
+
+    todo = convert("someone/deep", target, discard_source=True, max_shard_size=2_600_000, progress=progress)
+    assert max(used) < 1.3 * todo.nbytes
+    assert not list(target.rglob("conversion.source"))
 
 
 def test_what_the_cache_held_before_stays(server, tmp_path):
