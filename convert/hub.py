@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..modeling.configuration import short
 from .errors import ConversionError, EnvironmentProblem
 from .manifest import plain_name
-from .safetensors_file import head_bytes, short
+from .safetensors_file import head_bytes
 from .storage import Progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

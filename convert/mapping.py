@@ -19,10 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..modeling.configuration import ModelConfig
+from ..modeling.configuration import ModelConfig, short
 from . import transforms as t
 from .errors import ConversionError
-from .safetensors_file import short
 from .transforms import Block, Transform
 
 

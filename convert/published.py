@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..modeling.configuration import short
 from . import hub, mapping
 from .errors import ConversionError, EnvironmentProblem
 from .manifest import content_hash, plain_name
 from .mapping import Entry, Spec
-from .safetensors_file import SafetensorsFile, short, strict_json
+from .safetensors_file import SafetensorsFile, strict_json
 from .tensor_io import Place
 from .transforms import DTYPES, Block, gather
 from .weights import Source, Weights

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..modeling.configuration import short
 from .errors import ConversionError
 from .mapped_file import MappedFile, TensorInfo
 
@@ -154,12 +155,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"it names {short(name)} twice")
     return keys
-
-
-def short(value: Any) -> str:
-    """A stranger's value for an error message."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def _count(value: Any) -> bool:

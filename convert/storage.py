@@ -17,6 +17,11 @@ PART = ".part"
 WINDOW = 8 << 20  # bytes of a file that are brought to the disk at once
 LAG = 8  # windows that may be under way
 
+# Of Linux 6.14 and later, per file system: what was not in the cache before is not kept there, which spares the search
+# for a page for everything that is read once. What is in the cache is read from there, and stays.
+RWF_DONTCACHE = 0x80
+_uncached = True
+
 Progress = Callable[[int], object]
 """Called with the number of bytes done since the last call."""
 
@@ -107,12 +112,24 @@ def read_at(fd: int, offset: int, buffer: memoryview, name: str) -> None:
     left = buffer
     while left:
         try:
-            n = os.preadv(fd, [left], offset)
+            n = _read_once(fd, offset, left)
         except OSError as e:
             raise OSError(e.errno, e.strerror, name) from None
         if not n:
             raise ConversionError(f"{name}: ended while it was read; was it changed meanwhile?")
         left, offset = left[n:], offset + n
+
+
+def _read_once(fd: int, offset: int, buffer: memoryview) -> int:
+    global _uncached
+    if _uncached:
+        try:
+            return os.preadv(fd, [buffer], offset, RWF_DONTCACHE)
+        except (OSError, NotImplementedError) as e:
+            if getattr(e, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            _uncached = False
+    return os.preadv(fd, [buffer], offset)
 
 
 def write_file(path: Path, content: bytes) -> None:

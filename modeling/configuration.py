@@ -129,7 +129,7 @@ class ModelConfig:
         """
         if raw.get("model_type") != "kimi_vl":
             raise ConfigError(
-                f"config.json: model_type is {raw.get('model_type')!r}, expected 'kimi_vl'; "
+                f"config.json: model_type is {short(raw.get('model_type'))}, expected 'kimi_vl'; "
                 "is this a Kimi-VL checkpoint?"
             )
         text_raw, vision_raw = _part(raw, "text_config"), _part(raw, "vision_config")
@@ -194,7 +194,7 @@ class ModelConfig:
         ):
             if value != wanted:
                 raise ConfigError(
-                    f"config.json: {name} is {value!r}, but this network implements only {wanted!r}"
+                    f"config.json: {name} is {short(value)}, but this network implements only {wanted!r}"
                 )
         positive = [(f"text_config.{f.name}", getattr(t, f.name)) for f in fields(t) if f.type == "int"]
         positive += [(f"vision_config.{f.name}", getattr(v, f.name)) for f in fields(v) if f.type == "int"]
@@ -204,7 +204,7 @@ class ModelConfig:
             )
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(
-                    f"config.json: {name} is {value!r}, expected an integer of at least {least}"
+                    f"config.json: {name} is {short(value)}, expected an integer of at least {least}"
                 )
         for ok, name, found, needed in (
             (
@@ -247,14 +247,20 @@ class ModelConfig:
             ),
         ):
             if not ok:
-                raise ConfigError(f"config.json: {name} is {found!r}, expected {needed}")
+                raise ConfigError(f"config.json: {name} is {short(found)}, expected {needed}")
+
+
+def short(value: Any) -> str:
+    """A stranger's value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def _part(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A part of the configuration, empty if it is not there."""
     part = raw.get(name) or {}
     if not isinstance(part, Mapping):
-        raise ConfigError(f"config.json: {name} is {part!r}, expected an object of fields")
+        raise ConfigError(f"config.json: {name} is {short(part)}, expected an object of fields")
     return dict(part)
 
 

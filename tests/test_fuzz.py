@@ -20,6 +20,7 @@ FUZZ = settings(
     max_examples=300,
     deadline=5_000,  # milliseconds of one example
     derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
