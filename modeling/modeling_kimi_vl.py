@@ -214,7 +214,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         from ..convert.source import open_weights
         from .configuration_kimi_vl import KimiVLConfig
 
-        weights = open_weights(src)
+        weights = open_weights(src, revision)
         if config is None:
             config = KimiVLConfig.from_dict(dict(weights.raw_config))
         limit = in_token_limit(weights.directory)

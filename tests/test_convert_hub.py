@@ -13,7 +13,7 @@ import pytest
 from checkpoints import INDEX, TINY, content
 from hub_server import HubServer
 
-from kimi_vl import nano_path
+from kimi_vl import KimiVLForConditionalGeneration, nano_path
 from kimi_vl.convert import ConversionError, EnvironmentProblem, convert, open_weights, plan
 from kimi_vl.convert.manifest import MANIFEST, Manifest
 
@@ -87,6 +87,8 @@ def test_a_pinned_revision_is_converted_though_main_moved_on(server, from_direct
     convert(REPO, tmp_path / "main")
     assert without_source(content(tmp_path / "pinned")) == without_source(from_directory)
     assert json.loads((tmp_path / "main/config.json").read_text())["changed"]
+    assert not hasattr(KimiVLForConditionalGeneration.from_pretrained(REPO, revision="v1").config, "changed")
+    assert KimiVLForConditionalGeneration.from_pretrained(REPO).config.changed
 
 
 def test_shards_are_converted_while_others_are_downloaded(server, tmp_path):
