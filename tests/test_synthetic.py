@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import DATA, INDEX, content
@@ -253,7 +252,7 @@ def test_the_command(tmp_path):
     arguments = ("--layers", "1", "--vision-layers", "1", "--config", SMALL, "--out", tmp_path / "out")
     first, again = (run(*arguments) for _ in range(2))
     assert (first.returncode, first.stderr) == (0, "")
-    assert all(t.dtype in (ml_dtypes.bfloat16, np.float32) for t in weights(tmp_path / "out").values())
+    assert {t.dtype.name for t in weights(tmp_path / "out").values()} == {"bfloat16", "float32"}
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1 and "is there already" in again.stderr
 

@@ -47,8 +47,10 @@ def candidate_is(monkeypatch, oracle):
     return put
 
 
-def test_the_network_passes(tmp_path):
-    """The real thing, once: MindSpore graphs against Torch."""
+def test_the_network_passes(tmp_path, monkeypatch):
+    """The real thing, once: MindSpore graphs against Torch. One cache length: fewer graphs to compile."""
+    monkeypatch.setattr(candidates, "CONTEXT", 256)
+    monkeypatch.setattr(candidates, "CHUNK", 64)
     result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path, "--cases", "pieces")
     assert result.exit_code == 0, result.output
     assert "PASSED" in result.stdout and "MindSpore graphs: MindSpore" in result.stdout
