@@ -46,7 +46,10 @@ class MappedFile:
         self._file = open(path, "rb")  # noqa: SIM115 (it stays open as long as this lives)
         self.nbytes = self.status().st_size
         if self.nbytes:
-            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+            with open(path, "rb") as f:  # of its own, because the advice is not for the map
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(os, "posix_fadvise"):  # reads are large and jump: what the system read ahead would be in vain
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def detach(self) -> None:
         """Gives the content up."""
