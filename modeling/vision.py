@@ -47,8 +47,9 @@ class PositionTable(nn.Cell):
     def construct(self, taps, weights):
         columns, shares = self.columns(taps), self.split(weights)  # 16 x (N,), 16 x (N, 1)
         y = self._tap(columns[0], shares[0])
-        for i in range(1, TAPS):  # tap after tap: all at once would hold 16 x N x D numbers
-            y = y + self._tap(ops.depend(columns[i], y), shares[i])
+        # Tap after tap, weights too: all at once would hold 16 x N x D numbers.
+        for i in range(1, TAPS):
+            y = y + self._tap(ops.depend(columns[i], y), ops.depend(shares[i], y))
         return y
 
     def _tap(self, column, share):

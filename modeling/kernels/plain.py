@@ -42,25 +42,22 @@ def query_block(heads: int, queries: int, keys: int) -> int:
     return min(queries, max(SMALLEST_BLOCK, SCORE_BLOCK // (heads * keys)))
 
 
-def attend(batch_matmul_t, softmax, batch_matmul, q, keys, values, mask):
-    """softmax(q keys^T + mask) values in query blocks; q is scaled already.
+def attend(batch_matmul_t, softmax, batch_matmul, q, keys, values, mask=None):
+    """softmax(q keys^T (+ mask)) values in query blocks; q is scaled already.
 
-    q [heads, T, D], keys [heads, S, D], values [heads, S, V], mask [T or 1, S] additive -> [heads, T, V]. Each block
+    q [heads, T, D], keys [heads, S, D], values [heads, S, V], mask [T, S] additive -> [heads, T, V]. Each block
     waits for the one before, so that their scores share memory.
     """
     heads, tokens, context = q.shape[0], q.shape[1], keys.shape[1]
     block = query_block(heads, tokens, context)
     out = ()
     for i in range(0, tokens, block):
-        rows = q[:, i : i + block]
         if i > 0:
-            rows = ops.depend(rows, out[-1])
-        scores = ops.cast(batch_matmul_t(rows, keys), ms.float32)
-        if mask.shape[0] > 1:
-            seen = mask[i : i + block]
-        else:
-            seen = mask
-        p = softmax(scores + ops.broadcast_to(seen, scores.shape))
+            q = ops.depend(q, out[-1])
+        scores = ops.cast(batch_matmul_t(q[:, i : i + block], keys), ms.float32)
+        if mask is not None:
+            scores = scores + ops.broadcast_to(mask[i : i + block], scores.shape)
+        p = softmax(scores)
         out += (batch_matmul(ops.cast(p, values.dtype), values),)
     if len(out) > 1:
         y = ops.concat(out, 1)
@@ -298,7 +295,11 @@ class LatentAttention(nn.Cell):
 
 
 class VisionAttention(nn.Cell):
-    """Full attention within one image, in query blocks; patches from `valid` on are padding and not seen."""
+    """Full attention within one image, in query blocks; patches from `valid` on are padding and not seen.
+
+    A key has one more number, MASKED if it is padding and else 0, which every query takes with weight 1. So scores come
+    out masked, and no mask is brought to the shape of a block and added, which would hold four blocks instead of two.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -312,9 +313,14 @@ class VisionAttention(nn.Cell):
 
     def construct(self, q, k, v, valid):
         n = q.shape[0]
-        q = self.split_heads(ops.reshape(q, (n, -1)) * self.scale)  # (heads, N, head_dim)
-        k, v = self.split_heads(ops.reshape(k, (n, -1))), self.split_heads(ops.reshape(v, (n, -1)))
         padding = ops.greater_equal(ops.cast(ops.range(0, n, 1), ms.int32), valid)
-        mask = ops.reshape(ops.cast(padding, ms.float32) * MASKED, (1, n))
-        y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v, mask)
+        mask = ops.cast(ops.cast(padding, ms.float32) * MASKED, k.dtype)
+        mask = ops.broadcast_to(ops.reshape(mask, (n, 1, 1)), (n, self.heads, 1))
+        k = self._by_head(ops.concat((k, mask), -1))  # (heads, N, head_dim + 1)
+        q = self._by_head(ops.concat((q * self.scale, ops.ones_like(mask)), -1))
+        v = self._by_head(v)  # (heads, N, head_dim)
+        y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v)
         return self.merge_heads(y)
+
+    def _by_head(self, x):
+        return self.split_heads(ops.reshape(x, (x.shape[0], -1)))

@@ -1,0 +1,99 @@
+"""What encoding one picture costs at the published widths: memory beyond the weights, compile time, run time.
+
+    python scripts/bench_vision_memory.py                                  # 4, 8 and 27 layers, 4096 patches
+    python scripts/bench_vision_memory.py --layers 27 --patches 1024 5376
+
+Tower and projector with random fp32 weights; each case runs in a fresh process. "Extra" is the peak of its resident
+memory (VmHWM) when the graph is compiled, and after each run, less its resident memory (VmRSS) when MindSpore is imported,
+the weights are set and the picture is made. So it holds whatever compiling and running ask for, and nothing else. Needs
+Linux with glibc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+RUNS = 3  # memory has settled by then
+MB = 2**20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 27], metavar="N")
+    parser.add_argument("--patches", type=int, nargs="+", default=[4096], metavar="N", help="multiples of 4")
+    args = parser.parse_args(argv)
+    if any(patches < 4 or patches % 4 for patches in args.patches):
+        parser.error(f"--patches: {args.patches}, expected multiples of 4")
+    print("| layers | patches | weights, MB | compile, s | run, s | extra compiled, MB | extra run, MB |")
+    print("|---|---|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for layers, patches in itertools.product(args.layers, args.patches):
+        with context.Pool(1) as pool:
+            cells = pool.apply(measure, (layers, patches))
+        print("|", " | ".join([str(layers), str(patches), *cells]), "|", flush=True)
+    return 0
+
+
+def measure(layers: int, patches: int) -> list[str]:
+    """The other cells of a case's row."""
+    import mindspore as ms
+    import numpy as np
+
+    from kimi_vl import KimiVLForConditionalGeneration
+    from kimi_vl.modeling.configuration import ModelConfig, TextConfig, VisionConfig
+    from kimi_vl.modeling.graphs import VisionGraph
+    from kimi_vl.modeling.modeling_kimi_vl import run_cell
+    from kimi_vl.modeling.shapes import vision_inputs
+
+    # Of the text model only the width matters, which the projector gives.
+    text = TextConfig(
+        vocab_size=8, hidden_size=2048, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        n_routed_experts=0, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    config = ModelConfig(text=text, vision=VisionConfig(num_hidden_layers=layers))
+    model = KimiVLForConditionalGeneration(config, dtype=ms.float32)
+    graph = VisionGraph(model.vision_tower, model.multi_modal_projector, config, taps=False).set_train(False)
+    weights = sum(4 * p.size for p in graph.parameters_dict().values())
+    pixels = np.random.default_rng(0).standard_normal((patches, 3, 14, 14), np.float32)
+    inputs = model.engine.vision_inputs(pixels, 2, patches // 2, patches)
+    del pixels
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory, used again, would not be counted
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    graph.compile(*(ms.Tensor.from_numpy(inputs[name]) for name in vision_inputs(config, patches)))
+    compiling, compiled = time.perf_counter() - start, memory("VmHWM") - before
+    seconds, extra = [], []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        out = run_cell(graph, vision_inputs(config, patches), inputs)
+        seconds.append(time.perf_counter() - start)
+        extra.append(memory("VmHWM") - before)
+        assert np.isfinite(out[0]).all()
+        del out
+    return [
+        f"{weights / MB:.0f}", f"{compiling:.1f}", f"{min(seconds):.1f}", f"{compiled:.0f}",
+        ", ".join(f"{e:.0f}" for e in extra),
+    ]  # fmt: skip
+
+
+def memory(field: str) -> float:
+    """A field of this process's memory in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
