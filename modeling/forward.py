@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from .cache import LatentCache
 from .configuration import ModelConfig
 from .engine import Engine, Row, RowOutput
+from .positions import MAX_SIDE
 
 
 class InputError(ValueError):
@@ -228,6 +229,11 @@ class KimiVLForward:
         if (hws < 1).any() or (hws % (kh, kw)).any():
             raise InputError(
                 f"image_grid_hws: {hws.tolist()}, expected sides that are multiples of {kh} and {kw}"
+            )
+        if (hws > MAX_SIDE).any():
+            raise InputError(
+                f"image_grid_hws: a side of {hws.max()} patches, but the vision tower's positions end at "
+                f"{MAX_SIDE}; cut or scale the picture"
             )
         if pixels.shape[1:] != (3, vision.patch_size, vision.patch_size) or len(pixels) != hws.prod(1).sum():
             raise InputError(

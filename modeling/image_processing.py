@@ -20,9 +20,9 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_kimi_vl import model_source
+from .positions import MAX_SIDE
 from .settings import DEFAULT_IN_TOKEN_LIMIT
 
-MAX_SIDE = 512  # patches; the vision tower's rotary table ends here
 _URL_TIMEOUT = 60.0  # seconds
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 VISION_ROPE_THETA = 10000.0
+MAX_SIDE = 512  # patches; the published tower's rotary table ends here
 BICUBIC_A = -0.75
 
 
