@@ -1,7 +1,7 @@
 """MindIR bundles: static graphs of a converted checkpoint, written without weights in memory, and loaded again.
 
 `plan` says which graphs a bundle has (no MindSpore), `trace` makes one from the network, `mindir` gives it its final
-form, `writing` puts a bundle together, `bundle` is its manifest, `loading` and `model` run it, and `cli` is the
+form, `lint` holds one for Ascend against what a device needs, `writing` puts a bundle together, `bundle` is its manifest, `loading` and `model` run it, and `cli` is the
 command ``export-mindir``.
 """
 

@@ -82,13 +82,14 @@ class Bundle:
         mindspore: which wrote the graphs; `mind_ir` is the format's version.
         target: where the graphs run.
         dtype: what the model's weights are rounded to.
-        parameter_dtype: what the graphs' parameters are, where it is not what is stored: the loader widens.
+        parameter_dtype: what the loader widens weights to; None where each parameter is what is stored.
         batch: rows of every text graph.
         contexts: cache lengths, ascending; `patches` likewise of pictures.
         prefill_chunk: tokens per row of the prefill graphs.
         taps: whether there are graphs with taps.
         weights: by the name of the parameter.
         files: configuration, tokenizer and processor files.
+        attention, experts: which operators were chosen, "fused" or "plain", where the target has both.
     """
 
     version: str
@@ -96,7 +97,7 @@ class Bundle:
     mind_ir: int
     target: str
     dtype: str
-    parameter_dtype: str
+    parameter_dtype: str | None
     batch: int
     contexts: tuple[int, ...]
     prefill_chunk: int
@@ -106,6 +107,8 @@ class Bundle:
     weights: dict[str, WeightRecord]
     shards: dict[str, ShardRecord]
     files: dict[str, FileRecord]
+    attention: str | None = None
+    experts: str | None = None
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "schema": SCHEMA, **asdict(self)}, indent=1) + "\n"

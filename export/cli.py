@@ -18,7 +18,16 @@ from ..convert.errors import ConversionError, EnvironmentProblem
 from ..convert.planning import DTYPE_NAMES, size_text
 from ..modeling.configuration import ConfigError
 from .errors import ExportError
-from .plan import DEFAULT_CONTEXT, DEFAULT_PREFILL_CHUNK, TARGETS, BundlePlan, open_converted, plan_export
+from .plan import (
+    DECODE,
+    DEFAULT_CONTEXT,
+    DEFAULT_PREFILL_CHUNK,
+    TARGETS,
+    VARIANTS,
+    BundlePlan,
+    open_converted,
+    plan_export,
+)
 from .writing import check_target, export
 
 BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 3, 130
@@ -29,6 +38,7 @@ Examples:
   export-mindir --src ./ckpt --seq 512 --target cpu --dst ./mindir
   export-mindir --seq 4096 --seq 32768 --prefill-chunk 512 --target cpu --dry-run
   export-mindir --seq 2048 --image-patches 1024,4096 --batch 4 --target cpu
+  export-mindir --seq 4096 --target ascend
   export-mindir --seq 512 --taps --target cpu       (for verify-parity, layer by layer)
 
 \b
@@ -73,7 +83,8 @@ class Sizes(click.ParamType):
     "--target",
     type=click.Choice(list(TARGETS)),
     required=True,
-    help="Who runs it. cpu: plain operators in fp32, any machine. There is no other target yet.",
+    help="Who runs it. cpu: plain operators in fp32, any machine. ascend: fused operators in the weights' bf16 or fp16, "
+    "for Atlas A2 and A3; it has run on no device yet.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows of a text graph.")
 @click.option(
@@ -97,6 +108,15 @@ class Sizes(click.ParamType):
     help="What the model's weights are rounded to.  [default: as they are stored]",
 )
 @click.option(
+    "--attention",
+    type=click.Choice(VARIANTS),
+    help="For ascend: fused operators for prefill and vision attention, or plain ones, to find out which is wrong.  "
+    "[default: fused]",
+)
+@click.option(
+    "--experts", type=click.Choice(VARIANTS), help="For ascend: the same for the experts.  [default: fused]"
+)
+@click.option(
     "--taps", is_flag=True, help="Also graphs that give every layer's output and the experts chosen."
 )
 @click.option("--dry-run", is_flag=True, help="Show graphs, shapes and files, and stop.")
@@ -110,6 +130,8 @@ def cli(
     prefill_chunk: int,
     image_patches: tuple[int, ...],
     dtype: str | None,
+    attention: str | None,
+    experts: str | None,
     taps: bool,
     dry_run: bool,
     as_json: bool,
@@ -130,13 +152,17 @@ def cli(
         "prefill chunk": str(prefill_chunk),
         "image patches": ", ".join(map(str, image_patches)) or "default",
         "dtype": dtype or "as stored",
+        "attention": attention or "default",
+        "experts": experts or "default",
         "taps": "yes" if taps else "no",
     }
     for name, value in arguments.items():
         click.echo(f"{name:>14}: {value}", err=as_json)
     with _errors():
         weights = open_converted(src)
-        plan = plan_export(weights, seq, target, batch, prefill_chunk, image_patches, dtype, taps)
+        plan = plan_export(
+            weights, seq, target, batch, prefill_chunk, image_patches, dtype, taps, attention, experts
+        )
         replaced = check_target(dst)
         click.echo(str(plan), err=as_json)
         if replaced:
@@ -172,6 +198,11 @@ def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
     for name in written.copied:
         click.echo(
             f"copied     {name}: {dst} is on another file system than {plan.weights.directory}", err=as_json
+        )
+    if plan.target.kernels == "ascend":
+        decode = {n: count for n, count in written.launches.items() if n.startswith(DECODE)}
+        click.echo(
+            "launches   " + ", ".join(f"{name} {count}" for name, count in decode.items()), err=as_json
         )
     click.echo(
         f"done       {dst}, {size_text(written.nbytes)} of new disk, {time.monotonic() - start:.1f} s",

@@ -65,6 +65,11 @@ class MindIRModel(KimiVLGeneration):
         """
         path = Path(directory)
         bundle = Bundle.load(path)
+        if bundle.target != "cpu":
+            raise BundleError(
+                f"{path}: is for {bundle.target}, whose operators have no CPU kernels, and this loader runs on a CPU only; "
+                "export with --target cpu to run it here"
+            )
         device = ms.get_context("device_target")
         if device.lower() != bundle.target:
             raise BundleError(
@@ -151,7 +156,8 @@ class LoadedGraph:
                 left.discard(parameter_name)
                 expected = caches[parameter_name]
             elif parameter_name in weights:
-                expected = (bundle.weights[parameter_name].shape, bundle.parameter_dtype)
+                weight = bundle.weights[parameter_name]
+                expected = (weight.shape, bundle.parameter_dtype or weight.dtype)
                 parameter.set_data(weights.tensor(parameter_name))
             else:
                 raise BundleError(f"{self._path}: {parameter_name} has no data in the bundle; export again")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from ..convert.weights import Source
 from ..modeling.buckets import contexts, largest_image, patch_buckets
 from ..modeling.configuration import ModelConfig
 from ..modeling.settings import in_token_limit
-from ..modeling.shapes import Ports, text_inputs, text_outputs, vision_inputs, vision_outputs
+from ..modeling.shapes import (
+    Ports,
+    cache_of_batch,
+    cache_per_row,
+    text_inputs,
+    text_outputs,
+    vision_inputs,
+    vision_outputs,
+)
 from .errors import ExportError
 
 DEFAULT_CONTEXT = 4096
@@ -32,18 +40,47 @@ VISION, PREFILL, PREFILL_LOGITS, DECODE = "vision", "prefill", "prefill-logits",
 
 @dataclass(frozen=True)
 class Target:
-    """Who runs a bundle: which module of ``modeling.kernels`` it is traced with, and what its graphs compute in."""
+    """Who runs a bundle: which module of ``modeling.kernels`` it is traced with, and what its graphs compute in.
+
+    Attributes:
+        dtype: of the graphs' numbers.
+        widens: parameters are of `dtype` whatever is stored; if not, each is what is stored.
+        cache_shapes: of one layer, by batch, context and width; those of the kernels.
+        attention, experts: variants of the kernels; None where there is no choice.
+    """
 
     name: str
     kernels: str
     dtype: str
+    widens: bool
+    cache_shapes: Callable[[int, int, int], list[tuple[int, ...]]]
+    attention: str | None = None
+    experts: str | None = None
 
     def parameter_dtype(self, stored: str) -> str:
         """What the parameter of a stored tensor is in the graphs."""
-        return self.dtype
+        return self.dtype if self.widens else stored
+
+    @property
+    def variants(self) -> dict[str, str]:
+        """Of the kernels, by what they are of."""
+        chosen = {"attention": self.attention, "experts": self.experts}
+        return {what: choice for what, choice in chosen.items() if choice}
 
 
-TARGETS = {"cpu": Target("cpu", kernels="plain", dtype="float32")}
+VARIANTS = ("fused", "plain")
+TARGETS = {
+    "cpu": Target("cpu", "plain", "float32", widens=True, cache_shapes=cache_per_row),
+    "ascend": Target(
+        "ascend",
+        "ascend",
+        "bfloat16",
+        widens=False,
+        cache_shapes=cache_of_batch,
+        attention="fused",
+        experts="fused",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +175,8 @@ class BundlePlan:
         return {
             "source": str(self.weights.directory),
             "target": self.target.name,
+            "attention": self.target.attention,
+            "experts": self.target.experts,
             "dtype": self.dtype,
             "batch": self.batch,
             "contexts": self.contexts,
@@ -211,6 +250,8 @@ def plan_export(
     image_patches: Sequence[int] = (),
     dtype: str | None = None,
     taps: bool = False,
+    attention: str | None = None,
+    experts: str | None = None,
 ) -> BundlePlan:
     """The graphs of a bundle.
 
@@ -227,6 +268,7 @@ def plan_export(
         image_patches: patches of the vision graphs. Default: up to the processor's largest picture, as far as the
             context holds it.
         dtype: "bf16", "fp16" or "fp32"; what the weights are stored in, or fp32 for weights that are widened anyway.
+        attention, experts: "fused" or "plain" operators, for a target that has both. Default: fused.
 
     Raises:
         ExportError: sizes that the model or each other do not allow.
@@ -246,7 +288,8 @@ def plan_export(
     sizes = tuple(sorted({*contexts(max(asked)), *asked}))
     chunk = min(prefill_chunk, sizes[-1])
     patches, notes = _patches(weights, sizes[-1], image_patches)
-    to = TARGETS[target]
+    to = _target(weights, TARGETS[target], attention, experts)
+    named = _dtype(weights, to, dtype)
     shared = (config, to, batch)
     graphs = [_vision(config, to, n, tapped) for n in patches for tapped in (False, True)[: 1 + taps]]
     for context in sizes:
@@ -258,7 +301,7 @@ def plan_export(
     return BundlePlan(
         weights=weights,
         target=to,
-        dtype=_dtype(weights, to, dtype),
+        dtype=named,
         batch=batch,
         contexts=sizes,
         prefill_chunk=chunk,
@@ -267,6 +310,26 @@ def plan_export(
         graphs=tuple(graphs),
         notes=tuple(notes),
     )
+
+
+def _target(weights: ConvertedWeights, target: Target, attention: str | None, experts: str | None) -> Target:
+    """`target` with the variants that were asked for, computing in what it takes of the weights."""
+    for option, choice, default in (
+        ("--attention", attention, target.attention),
+        ("--experts", experts, target.experts),
+    ):
+        if choice and not default:
+            raise ExportError(
+                f"{option}: {choice}, but target {target.name} has plain operators only; leave it out"
+            )
+    if not target.widens:
+        if weights.dtype not in ("bfloat16", "float16"):
+            raise ExportError(
+                f"{weights.directory}: holds {weights.dtype}, but target {target.name} computes in bf16 or fp16 "
+                "(its fused attention takes no fp32); convert the checkpoint with --dtype bf16 and export that"
+            )
+        target = replace(target, dtype=weights.dtype)
+    return replace(target, attention=attention or target.attention, experts=experts or target.experts)
 
 
 def _dtype(weights: ConvertedWeights, target: Target, asked: str | None) -> str:
@@ -328,9 +391,9 @@ def _text(
         inputs=_typed(text_inputs(config, batch, tokens, all_logits), target),
         outputs=_typed(text_outputs(config, batch, tokens, all_logits, taps), target),
         caches={
-            f"cache.{layer}.{row}": ((context, text.latent_dim), target.dtype)
+            f"cache.{layer}.{i}": (shape, target.dtype)
             for layer in range(text.num_hidden_layers)
-            for row in range(batch)
+            for i, shape in enumerate(target.cache_shapes(batch, context, text.latent_dim))
         },
     )
 

@@ -30,7 +30,7 @@ class Tracer:
         self.config = config
         self.batch = batch
         self.dtype = _DTYPES[target.dtype]
-        self.kernels = get_kernels(target.kernels)
+        self.kernels = get_kernels(target.kernels, **target.variants)
         self.vision_tower = MoonViT(self.kernels, self.dtype, config.vision)
         self.projector = Projector(self.kernels, self.dtype, config)
         self.language_model = LanguageModel(self.kernels, self.dtype, config.text)

@@ -69,7 +69,7 @@ class SharedWeights:
     def __init__(self, directory: Path, bundle: Bundle, verify: bool = False) -> None:
         self._directory = directory
         self._records = bundle.weights
-        self._dtype = DTYPES[bundle.parameter_dtype]
+        self._dtype = DTYPES[bundle.parameter_dtype] if bundle.parameter_dtype else None
         self._shards = {name: self._open(name, bundle) for name in bundle.shards}
         self._tensors: dict[str, ms.Tensor] = {}
         for name, record in self._records.items():
@@ -84,7 +84,7 @@ class SharedWeights:
                 )
             if verify or record.nbytes <= SMALL:
                 self._check_content(name)
-        if any(record.dtype != bundle.parameter_dtype for record in self._records.values()):
+        if self._dtype and any(r.dtype != bundle.parameter_dtype for r in self._records.values()):
             logger.info(
                 "weights in %s are widened to %s: this target cannot multiply them well",
                 bundle.dtype,
@@ -96,7 +96,8 @@ class SharedWeights:
 
     def array(self, name: str) -> np.ndarray:
         """A tensor in the graphs' dtype, without MindSpore's hold on it. Raises KeyError."""
-        return self._stored(name).astype(self._dtype, copy=False)
+        stored = self._stored(name)
+        return stored if self._dtype is None else stored.astype(self._dtype, copy=False)
 
     def tensor(self, name: str) -> ms.Tensor:
         """A tensor in the graphs' dtype, the same one every time. Raises KeyError."""

@@ -51,11 +51,18 @@ def check_target(dst: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Written:
-    """What :func:`export` did. `copied` are the shards that could not be linked, `nbytes` what the bundle added to the disk."""
+    """What :func:`export` did.
+
+    Attributes:
+        copied: shards that could not be linked.
+        nbytes: what the bundle added to the disk.
+        launches: by graph, how many operators start something on the device.
+    """
 
     bundle: Bundle
     copied: tuple[str, ...]
     nbytes: int
+    launches: dict[str, int]
 
 
 def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) -> Written:
@@ -64,7 +71,8 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
     Weights are not read: shards are hard links to those of the converted directory, or copies on another file system.
 
     Raises:
-        ExportError: `dst` cannot be used, or the network and the weights do not belong together.
+        ExportError: `dst` cannot be used, the network and the weights do not belong together, or a graph for Ascend
+            breaks a rule of ``lint``.
         EnvironmentProblem, OSError: no room, a failing disk.
     """
     target = Path(dst).resolve()
@@ -72,7 +80,7 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
     source = plan.weights
     source.verify_files()
     with _appearing(target) as directory:
-        graphs, mind_ir = _write_graphs(plan, directory, progress)
+        graphs, mind_ir, launches = _write_graphs(plan, directory, progress)
         copied = tuple(name for name in plan.shards if _link(source.directory / name, directory / name))
         for name in plan.copied:
             shutil.copyfile(source.directory / name, directory / name)
@@ -81,19 +89,26 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
         added = sum(
             f.stat().st_size for f in directory.iterdir() if f.name in copied or f.name not in plan.shards
         )
-    return Written(bundle, copied, added)
+    return Written(bundle, copied, added, launches)
 
 
 def _write_graphs(
     plan: BundlePlan, directory: Path, progress: Progress | None
-) -> tuple[dict[str, GraphRecord], int]:
-    """Traces and writes every graph; their records, and the version of the MindIR format."""
-    from . import mindir
+) -> tuple[dict[str, GraphRecord], int, dict[str, int]]:
+    """Traces and writes every graph; their records, the version of the MindIR format, and their launches."""
+    from . import lint, mindir
     from .trace import Tracer
 
     tracer = Tracer(plan.config, plan.target, plan.batch)
     unused = set(plan.weights.names())
-    records, version = {}, 0
+    records, launches, version = {}, {}, 0
+
+    def write(graph: GraphPlan, model: Any, external: bool) -> None:
+        if plan.target.kernels == "ascend":
+            lint.check(graph.name, model, graph.caches)
+        records[graph.name] = _write_graph(graph, model, external, directory)
+        launches[graph.name] = sum(lint.launches(model).values())
+
     for graph, bare in plan.traces():
         if progress:
             progress(graph.name, 0)
@@ -104,16 +119,16 @@ def _write_graphs(
         # All or none: a graph that finds only some of its data would run on arbitrary memory for the rest.
         external = all(map(plan.as_stored, names))
         mindir.point_at(model, {name: plan.weights.location(name) for name in names} if external else {})
-        records[graph.name] = _write_graph(graph, model, external, directory)
+        write(graph, model, external)
         if bare:
             mindir.keep_outputs(model, len(bare.outputs))
             mindir.normalise(model)
-            records[bare.name] = _write_graph(bare, model, external, directory)
+            write(bare, model, external)
         if progress:
             progress(graph.name, 2 if bare else 1)
     if unused:
         raise ExportError(f"{min(unused)}: is in {plan.weights.directory}, but no graph uses it")
-    return {graph.name: records[graph.name] for graph in plan.graphs}, version
+    return {graph.name: records[graph.name] for graph in plan.graphs}, version, launches
 
 
 def _write_graph(graph: GraphPlan, model: Any, external: bool, directory: Path) -> GraphRecord:
@@ -163,7 +178,7 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], mind_ir: int) ->
         mind_ir=mind_ir,
         target=plan.target.name,
         dtype=plan.dtype,
-        parameter_dtype=plan.target.dtype,
+        parameter_dtype=plan.target.dtype if plan.target.widens else None,
         batch=plan.batch,
         contexts=plan.contexts,
         prefill_chunk=plan.prefill_chunk,
@@ -176,6 +191,8 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], mind_ir: int) ->
         },
         shards=dict(source.manifest.shards),
         files=dict(source.manifest.files),
+        attention=plan.target.attention,
+        experts=plan.target.experts,
     )
 
 

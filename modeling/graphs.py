@@ -7,12 +7,11 @@ and gives. Inputs are flat tensors; ``shapes`` names them.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import mindspore as ms
 from mindspore import nn, ops
 
 from .configuration import ModelConfig
+from .kernels import Kernels
 from .language import LanguageModel
 from .parameters import empty_parameter
 from .vision import MoonViT, Projector
@@ -47,7 +46,7 @@ class TextGraph(nn.Cell):
     def __init__(
         self,
         model: LanguageModel,
-        kernels: ModuleType,
+        kernels: Kernels,
         config: ModelConfig,
         batch: int,
         tokens: int,

@@ -6,36 +6,41 @@ table writes; shapes and layouts are described there.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import mindspore as ms
 from mindspore import lazy_inline, nn, ops
+from mindspore.ops import operations as P
 
 from .configuration import TextConfig
+from .kernels import Kernels
 from .parameters import empty_parameter
 
 # The published class leaves this norm at its default; only the others follow rms_norm_eps.
 KV_A_LAYERNORM_EPS = 1e-6
 
 
-def rotate_half(x, cos, sin):
-    """Rotary embedding of half-split pairs: x [..., 2F], cos and sin [..., F] of the same leading shape."""
-    f = x.shape[-1] // 2
-    a, b = x[..., :f], x[..., f:]
-    return ops.concat((a * cos - b * sin, b * cos + a * sin), -1)
+class Rotate(nn.Cell):
+    """Rotary embedding of half-split pairs: x [R, heads, 2F] and `rotary_tables`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = P.Split(-1, 2)
+
+    def construct(self, x, cos, sin):
+        a, b = self.halves(x)
+        return x * cos + ops.concat((b, a), -1) * sin
 
 
-def per_head(table, heads: int):
-    """[R, F] -> [R, heads, F], the same for every head."""
-    return ops.broadcast_to(table.expand_dims(1), (table.shape[0], heads, table.shape[1]))
+def rotary_tables(cos, sin, heads: int):
+    """[R, F] -> [R, heads, 2F], the same for every head: what is multiplied with x, and with x's swapped halves."""
+    shape = (cos.shape[0], heads, 2 * cos.shape[1])
+    cos = ops.broadcast_to(ops.concat((cos, cos), -1).expand_dims(1), shape)
+    return cos, ops.broadcast_to(ops.concat((-sin, sin), -1).expand_dims(1), shape)
 
 
 class Linear(nn.Cell):
     """y = x W^T (+ b), W as published [out, in]."""
 
-    def __init__(
-        self, kernels: ModuleType, dtype: ms.Type, n_in: int, n_out: int, bias: bool = False
-    ) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = empty_parameter((n_out, n_in), dtype)
         self.bias = empty_parameter((n_out,), dtype, "bias") if bias else None
@@ -46,7 +51,7 @@ class Linear(nn.Cell):
 
 
 class RMSNorm(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, size: int, eps: float) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, size: int, eps: float) -> None:
         super().__init__()
         self.weight = empty_parameter((size,), dtype)
         self.norm = kernels.RMSNorm(eps)
@@ -58,28 +63,34 @@ class RMSNorm(nn.Cell):
 class Attention(nn.Cell):
     """Multi-head latent attention (MLA) with plain queries (no query compression)."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.nope = config.qk_nope_head_dim
-        self.lora = config.kv_lora_rank
+        self.rope = config.qk_rope_head_dim
+        nope, lora = config.qk_nope_head_dim, config.kv_lora_rank
         self.q_proj = Linear(kernels, dtype, config.hidden_size, self.heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(kernels, dtype, config.hidden_size, config.latent_dim)
-        self.kv_a_layernorm = RMSNorm(kernels, dtype, self.lora, KV_A_LAYERNORM_EPS)
-        self.k_b_proj = HeadProjection(dtype, self.heads, self.nope, self.lora)
-        self.v_b_proj = HeadProjection(dtype, self.heads, config.v_head_dim, self.lora)
+        self.kv_a_layernorm = RMSNorm(kernels, dtype, lora, KV_A_LAYERNORM_EPS)
+        self.k_b_proj = HeadProjection(dtype, self.heads, nope, lora)
+        self.v_b_proj = HeadProjection(dtype, self.heads, config.v_head_dim, lora)
         self.o_proj = Linear(kernels, dtype, self.heads * config.v_head_dim, config.hidden_size)
+        self.split_q = kernels.Split(nope, self.rope)
+        self.split_kv = kernels.Split(lora, self.rope)
+        self.split_rope = kernels.Split(self.heads * self.rope, self.rope)
+        self.rotate = Rotate()
         self.attention = kernels.LatentAttention(config)
 
     def construct(self, x, cos, sin, caches, window):
         rows = x.shape[0]
-        q = ops.reshape(self.q_proj(x), (rows, self.heads, -1))  # (R, heads, nope + rope)
-        q_rope = rotate_half(q[..., self.nope :], per_head(cos, self.heads), per_head(sin, self.heads))
-        q = ops.reshape(ops.concat((q[..., : self.nope], q_rope), -1), (rows, -1))
-        kv = self.kv_a_proj_with_mqa(x)  # (R, lora + rope)
-        latent = self.kv_a_layernorm(kv[:, : self.lora])
-        latent = ops.concat((latent, rotate_half(kv[:, self.lora :], cos, sin)), -1)
-        y = self.attention(q, latent, caches, window, self.k_b_proj.weight, self.v_b_proj.weight)
+        q_nope, q_rope = self.split_q(ops.reshape(self.q_proj(x), (rows, self.heads, -1)))
+        latent, k_rope = self.split_kv(self.kv_a_proj_with_mqa(x))
+        # The shared key is rotated as one more head of the queries.
+        rope = ops.concat((ops.reshape(q_rope, (rows, -1)), k_rope), -1)
+        rope = self.rotate(ops.reshape(rope, (rows, self.heads + 1, self.rope)), cos, sin)
+        q_rope, k_rope = self.split_rope(ops.reshape(rope, (rows, -1)))
+        q_rope = ops.reshape(q_rope, (rows, self.heads, self.rope))
+        latent = ops.concat((self.kv_a_layernorm(latent), k_rope), -1)
+        y = self.attention(q_nope, q_rope, latent, caches, window, self.k_b_proj.weight, self.v_b_proj.weight)
         return self.o_proj(y)
 
 
@@ -97,7 +108,7 @@ class HeadProjection(nn.Cell):
 class MLP(nn.Cell):
     """down(silu(gate(x)) * up(x)), gate and up fused into one product."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, hidden: int, intermediate: int) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, hidden: int, intermediate: int) -> None:
         super().__init__()
         self.gate_up_proj = Linear(kernels, dtype, hidden, 2 * intermediate)
         self.down_proj = Linear(kernels, dtype, intermediate, hidden)
@@ -110,7 +121,7 @@ class MLP(nn.Cell):
 class Gate(nn.Cell):
     """The router's parameters, fp32 in every dtype of the model because the router computes in fp32."""
 
-    def __init__(self, kernels: ModuleType, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, config: TextConfig) -> None:
         super().__init__()
         self.weight = empty_parameter((config.n_routed_experts, config.hidden_size), ms.float32)
         self.e_score_correction_bias = empty_parameter((config.n_routed_experts,), ms.float32)
@@ -121,7 +132,7 @@ class Gate(nn.Cell):
 
 
 class Experts(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         e, h, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = empty_parameter((e, h, 2 * i), dtype)
@@ -135,7 +146,7 @@ class Experts(nn.Cell):
 class MoE(nn.Cell):
     """Routed experts plus the shared experts, which are one MLP of their summed width."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         self.gate = Gate(kernels, config)
         self.experts = Experts(kernels, dtype, config)
@@ -154,7 +165,7 @@ class MoE(nn.Cell):
 class DecoderLayer(nn.Cell):
     # All layers of a kind are one to the compiler until they are inlined: it parses and infers each kind once.
     @lazy_inline(attrs=["is_moe"], policy="front")
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig, layer: int) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.is_moe = config.is_moe(layer)
         self.input_layernorm = RMSNorm(kernels, dtype, config.hidden_size, config.rms_norm_eps)
@@ -177,7 +188,7 @@ class DecoderLayer(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         self.weight = empty_parameter((config.vocab_size, config.hidden_size), dtype)
         self.embedding = kernels.Embedding()
@@ -189,16 +200,18 @@ class Embedding(nn.Cell):
 class TextModel(nn.Cell):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(kernels, dtype, config)
         self.layers = nn.CellList(
             [DecoderLayer(kernels, dtype, config, i) for i in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(kernels, dtype, config.hidden_size, config.rms_norm_eps)
+        self.rotated = config.num_attention_heads + 1  # the queries' heads and the shared key
 
     def construct(self, x, cos, sin, caches, window):
         """x [R, H] -> the layers' outputs (the last before the final norm) and the MoE layers' chosen experts."""
+        cos, sin = rotary_tables(cos, sin, self.rotated)
         per_layer = len(caches) // len(self.layers)
         hidden, routing = (), ()
         for i, layer in enumerate(self.layers):
@@ -212,7 +225,7 @@ class TextModel(nn.Cell):
 class LanguageModel(nn.Cell):
     """The text model and its head; `graphs.TextGraph` is what calls it."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         self.model = TextModel(kernels, dtype, config)
         self.lm_head = Linear(kernels, dtype, config.hidden_size, config.vocab_size)

@@ -11,6 +11,16 @@ Ports = dict[str, tuple[tuple[int, ...], str]]
 """Name -> (shape, dtype), in the order of the graph's inputs or outputs."""
 
 
+def cache_per_row(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
+    """Shapes of one layer's cache parameters: a flat buffer for each row of the batch."""
+    return [(context, width)] * batch
+
+
+def cache_of_batch(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
+    """Shapes of one layer's cache parameters: one for all rows, with the axis of the (one, shared) key head."""
+    return [(batch, 1, context, width)]
+
+
 def vision_inputs(config: ModelConfig, patches: int) -> Ports:
     """Of a vision graph."""
     half = config.vision.head_dim // 2

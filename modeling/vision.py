@@ -7,14 +7,13 @@ tables; see `vision_inputs`. Attribute paths are the parameter names that the co
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import mindspore as ms
 from mindspore import lazy_inline, nn, ops
 from mindspore.ops import operations as P
 
 from .configuration import ModelConfig, VisionConfig
-from .language import Linear, per_head, rotate_half
+from .kernels import Kernels
+from .language import Linear, Rotate, rotary_tables
 from .parameters import empty_parameter
 
 LAYER_NORM_EPS = 1e-5
@@ -36,16 +35,15 @@ class LayerNorm(nn.Cell):
 class PositionTable(nn.Cell):
     """Bicubic interpolation of the learned table: 16 taps and weights per patch, computed by the host."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         entries = config.init_pos_emb_height * config.init_pos_emb_width
         self.weight = empty_parameter((entries, config.hidden_size), dtype)
         self.lookup = kernels.Embedding()
-        self.columns = P.Unstack(1)
         self.split = P.Split(1, TAPS)
 
     def construct(self, taps, weights):
-        columns, shares = self.columns(taps), self.split(weights)  # 16 x (N,), 16 x (N, 1)
+        columns, shares = self.split(taps), self.split(weights)  # 16 x (N, 1)
         y = self._tap(columns[0], shares[0])
         # Tap after tap, weights too: all at once would hold 16 x N x D numbers.
         for i in range(1, TAPS):
@@ -53,12 +51,12 @@ class PositionTable(nn.Cell):
         return y
 
     def _tap(self, column, share):
-        rows = self.lookup(self.weight, column)
+        rows = self.lookup(self.weight, ops.reshape(column, (-1,)))
         return rows * ops.broadcast_to(share, rows.shape)
 
 
 class PatchEmbed(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         self.proj = Linear(kernels, dtype, config.patch_dim, config.hidden_size, bias=True)
         self.pos_emb = PositionTable(kernels, dtype, config)
@@ -68,7 +66,7 @@ class PatchEmbed(nn.Cell):
 
 
 class VisionMLP(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         self.fc0 = Linear(kernels, dtype, config.hidden_size, config.intermediate_size, bias=True)
         self.fc1 = Linear(kernels, dtype, config.intermediate_size, config.hidden_size, bias=True)
@@ -80,7 +78,7 @@ class VisionMLP(nn.Cell):
 
 class VisionBlock(nn.Cell):
     @lazy_inline(policy="front")
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         d = config.hidden_size
         self.heads = config.num_attention_heads
@@ -89,19 +87,21 @@ class VisionBlock(nn.Cell):
         self.wqkv = Linear(kernels, dtype, d, 3 * d, bias=True)
         self.wo = Linear(kernels, dtype, d, d, bias=True)
         self.mlp = VisionMLP(kernels, dtype, config)
+        self.rotate = Rotate()
+        self.split = P.Split(1, 3)
         self.attention = kernels.VisionAttention(config)
 
     def construct(self, x, cos, sin, valid):
-        n = x.shape[0]
-        qkv = ops.reshape(self.wqkv(self.norm0(x)), (n, 3, self.heads, -1))
-        q = rotate_half(qkv[:, 0], cos, sin)  # (N, heads, head_dim)
-        k = rotate_half(qkv[:, 1], cos, sin)
-        x = x + self.wo(self.attention(q, k, qkv[:, 2], valid))
+        shape = (x.shape[0], self.heads, -1)
+        q, k, v = self.split(self.wqkv(self.norm0(x)))
+        q = self.rotate(ops.reshape(q, shape), cos, sin)  # (N, heads, head_dim)
+        k = self.rotate(ops.reshape(k, shape), cos, sin)
+        x = x + self.wo(self.attention(q, k, ops.reshape(v, shape), valid))
         return x + self.mlp(self.norm1(x))
 
 
 class Encoder(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         self.blocks = nn.CellList(
             [VisionBlock(kernels, dtype, config) for _ in range(config.num_hidden_layers)]
@@ -115,7 +115,7 @@ class Encoder(nn.Cell):
 
 
 class MoonViT(nn.Cell):
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: VisionConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.patch_embed = PatchEmbed(kernels, dtype, config)
@@ -124,13 +124,14 @@ class MoonViT(nn.Cell):
     def construct(self, patches, taps, weights, cos, sin, valid):
         """patches [N, 3 * 14 * 14] in merge order -> [N, D]."""
         x = self.patch_embed(patches, taps, weights)
-        return self.encoder(x, per_head(cos, self.heads), per_head(sin, self.heads), valid)
+        cos, sin = rotary_tables(cos, sin, self.heads)
+        return self.encoder(x, cos, sin, valid)
 
 
 class Projector(nn.Cell):
     """LayerNorm per patch, concatenation of a merge block, linear, GELU (erf), linear."""
 
-    def __init__(self, kernels: ModuleType, dtype: ms.Type, config: ModelConfig) -> None:
+    def __init__(self, kernels: Kernels, dtype: ms.Type, config: ModelConfig) -> None:
         super().__init__()
         merged = config.vision.merged_dim
         self.merged = merged
@@ -141,5 +142,6 @@ class Projector(nn.Cell):
     def construct(self, x):
         """[N, D] in merge order -> [N / 4, H]."""
         h = self.linear_1(ops.reshape(self.pre_norm(x), (-1, self.merged)))
-        h = 0.5 * h * (1.0 + ops.erf(h * 0.7071067811865476))
-        return self.linear_2(h)
+        g = ops.cast(h, ms.float32)
+        g = 0.5 * g * (1.0 + ops.erf(g * 0.7071067811865476))
+        return self.linear_2(ops.cast(g, h.dtype))

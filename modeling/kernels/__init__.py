@@ -7,32 +7,47 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``Linear()`` | x [R, in], weight [out, in] (, bias [out]) -> [R, out] |
 | ``Embedding()`` | table [V, H], ids [R] int32 -> [R, H] |
 | ``RMSNorm(eps)`` | x [R, H], weight [H] -> [R, H] |
+| ``Split(first, rest)`` | [..., first + rest] -> [..., first] and [..., rest] |
 | ``SwiGLU()`` | [R, 2I], gate columns first -> [R, I] |
 | ``Router(config)`` | x [R, H], weight [E, H] fp32, bias [E] fp32 -> indices [R, k] int32, weights [R, k] fp32 |
 | ``Experts(config)`` | x [R, H], gate_up [E, H, 2I], down [E, I, H], indices, weights [R, k] -> [R, H] |
 | ``Window(batch, tokens, context)`` | start [B] int32 -> what LatentAttention needs to know about the cache window |
-| ``LatentAttention(config)`` | q [R, heads * qk], rows [R, latent], caches, window, k_b, v_b -> [R, heads * v]; writes rows into the cache |
+| ``LatentAttention(config)`` | queries [R, heads, nope] and [R, heads, rope], rows [R, latent], caches, window, k_b, v_b -> [R, heads * v]; writes rows into the cache |
 | ``VisionAttention(config)`` | q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden] |
 | ``cache_shapes(batch, context, width)`` | the shapes of one layer's cache parameters |
 | ``parameter_dtype(dtype)`` | the dtype that parameters of a model in ``dtype`` have on this backend |
 
 R = batch * tokens rows. Everything else of the network is written once, in ``vision`` and ``language``.
+
+A backend with fused operators also has ``VARIANTS``: for "attention" and "experts" and each choice, the entries that
+differ from the module's own. So whoever runs on a device can tell which operator is wrong there.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
-BACKENDS = ("plain",)
+BACKENDS = ("plain", "ascend")
+Kernels = ModuleType | SimpleNamespace
 
 
-def get_kernels(name: str) -> ModuleType:
-    """The backend module called `name`.
+def get_kernels(name: str, **variants: str) -> Kernels:
+    """The backend called `name`.
+
+    Args:
+        variants: "fused" or "plain" for `attention` and `experts`, where the backend has that choice.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend or variant.
     """
     if name not in BACKENDS:
         raise ValueError(f"kernels: there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    return importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    offered = getattr(module, "VARIANTS", {})
+    entries = dict(vars(module))
+    for what, choice in variants.items():
+        if choice not in offered.get(what, {}):
+            raise ValueError(f"kernels: {name} has no {what} called {choice!r}")
+        entries |= offered[what][choice]
+    return SimpleNamespace(**entries) if variants else module

@@ -15,6 +15,7 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.ops import operations as P
 
+from .. import shapes
 from ..configuration import TextConfig, VisionConfig
 
 # Numbers of a block of attention scores, heads x queries x keys: 64 MB in fp32. It bounds the memory of prefill and
@@ -32,9 +33,8 @@ def parameter_dtype(dtype: ms.Type) -> ms.Type:
     return ms.float32
 
 
-def cache_shapes(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
-    """One flat buffer per batch row: only then is ScatterUpdate in place and a shorter context a prefix view."""
-    return [(context, width)] * batch
+# One flat buffer per batch row: only then is ScatterUpdate in place and a shorter context a prefix view.
+cache_shapes = shapes.cache_per_row
 
 
 def query_block(heads: int, queries: int, keys: int) -> int:
@@ -64,6 +64,22 @@ def attend(batch_matmul_t, softmax, batch_matmul, q, keys, values, mask=None):
     else:
         y = out[0]
     return y
+
+
+def scaled(x, factor: float):
+    """x * factor, rounded once."""
+    return ops.cast(ops.cast(x, ms.float32) * factor, x.dtype)
+
+
+class Split(nn.Cell):
+    """[..., first + rest] -> [..., first] and [..., rest]."""
+
+    def __init__(self, first: int, rest: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def construct(self, x):
+        return x[..., : self.first], x[..., self.first :]
 
 
 class SplitHeads(nn.Cell):
@@ -150,17 +166,21 @@ class Router(nn.Cell):
         self.factor = config.routed_scaling_factor
         self.matmul = P.MatMul(transpose_b=True)
         self.sigmoid = P.Sigmoid()
-        self.topk = P.TopK(sorted=True)
+        self.top = P.TopK(sorted=True)
         self.gather = P.GatherD()
         self.sum = P.ReduceSum(True)
 
     def construct(self, x, weight, bias):
         scores = self.sigmoid(self.matmul(ops.cast(x, ms.float32), weight))  # (R, E)
-        _, indices = self.topk(scores + bias, self.k)
+        indices = self.choose(scores + bias)
         weights = self.gather(scores, 1, indices)
         if self.normalise:
             weights = weights / (self.sum(weights, -1) + 1e-20)
         return indices, weights * self.factor
+
+    def choose(self, scores):
+        """scores [R, E] -> the k largest of each row, int32 [R, k]."""
+        return self.top(scores, self.k)[1]
 
 
 class Experts(nn.Cell):
@@ -257,34 +277,39 @@ class LatentAttention(nn.Cell):
         self.batch_matmul_t = P.BatchMatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
 
-    def construct(self, q, rows, caches, window, k_b, v_b):
+    def construct(self, q_nope, q_rope, rows, caches, window, k_b, v_b):
         positions, masks = window
         batch = len(positions)
-        tokens = q.shape[0] // batch
+        tokens = rows.shape[0] // batch
         out = ()
         for b in range(batch):
             at = b * tokens
             cache = self.write(caches[b], positions[b], rows[at : at + tokens])  # (S, lora + rope)
-            q_b = self.split_heads(q[at : at + tokens] * self.scale)  # (heads, T, nope + rope)
+            nope = scaled(q_nope[at : at + tokens], self.scale)
+            rope = scaled(q_rope[at : at + tokens], self.scale)
             if tokens == 1:
-                out += (self._decode(q_b, cache, masks[b], k_b, v_b),)
+                out += (self.decode(nope, rope, cache, masks[b], k_b, v_b),)
             else:
-                out += (self._prefill(q_b, cache, masks[b], k_b, v_b),)
+                out += (self.prefill(nope, rope, cache, masks[b], k_b, v_b),)
         return ops.concat(out, 0)
 
-    def _decode(self, q, cache, mask, k_b, v_b):
-        q_latent = self.batch_matmul(q[..., : self.nope], k_b)  # (heads, 1, nope) x (heads, nope, lora)
-        query = ops.reshape(ops.concat((q_latent, q[..., self.nope :]), -1), (self.heads, -1))
+    def decode(self, nope, rope, cache, mask, k_b, v_b):
+        """One token's scaled queries [1, heads, nope], [1, heads, rope] -> [1, heads * v]."""
+        q_latent = self.batch_matmul(ops.reshape(nope, (self.heads, 1, self.nope)), k_b)  # (heads, 1, lora)
+        q_latent, rope = ops.reshape(q_latent, (self.heads, -1)), ops.reshape(rope, (self.heads, -1))
         # cache x query^T, then a transposition of the small result: the fastest order on a CPU
-        scores = ops.transpose(self.matmul_t(cache, query), (1, 0))  # (heads, S)
+        scores = self.matmul_t(cache, ops.concat((q_latent, rope), -1))
+        scores = ops.transpose(scores, (1, 0))  # (heads, S)
         p = self.softmax(ops.cast(scores, ms.float32) + ops.broadcast_to(mask, scores.shape))
         p = ops.cast(p, cache.dtype)
         latent = self.matmul(p, cache)[:, : self.lora]
         values = self.batch_matmul_t(ops.reshape(latent, (self.heads, 1, self.lora)), v_b)  # (heads, 1, v)
         return ops.reshape(values, (1, -1))
 
-    def _prefill(self, q, cache, mask, k_b, v_b):
+    def prefill(self, nope, rope, cache, mask, k_b, v_b):
+        """A chunk's scaled queries [T, heads, nope], [T, heads, rope] -> [T, heads * v]."""
         context = cache.shape[0]
+        q = self.split_heads(ops.reshape(ops.concat((nope, rope), -1), (nope.shape[0], -1)))
         latent, k_rope = cache[:, : self.lora], cache[:, self.lora :]
         keys = self.split_heads(self.matmul_t(latent, ops.reshape(k_b, (-1, self.lora))))  # (heads, S, nope)
         k_rope = ops.broadcast_to(k_rope, (self.heads, context, k_rope.shape[1]))
@@ -317,7 +342,7 @@ class VisionAttention(nn.Cell):
         mask = ops.cast(ops.cast(padding, ms.float32) * MASKED, k.dtype)
         mask = ops.broadcast_to(ops.reshape(mask, (n, 1, 1)), (n, self.heads, 1))
         k = self._by_head(ops.concat((k, mask), -1))  # (heads, N, head_dim + 1)
-        q = self._by_head(ops.concat((q * self.scale, ops.ones_like(mask)), -1))
+        q = self._by_head(ops.concat((scaled(q, self.scale), ops.ones_like(mask)), -1))
         v = self._by_head(v)  # (heads, N, head_dim)
         y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v)
         return self.merge_heads(y)

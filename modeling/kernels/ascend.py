@@ -1,0 +1,291 @@
+"""Ascend operators: fused where CANN has a kernel for what the network needs, plain ones around them.
+
+For Atlas A2 and A3, kernel by kernel (``jit_level`` O0 or O1), parameters in bf16 or fp16 as they are stored. The graphs
+are traced on a CPU host, which has no kernel for the fused operators and never runs them. Limits that the front end
+does not check are kept here: FusedInferAttentionScore takes head dims that are multiples of 16, at most 512 and the same
+for keys and values (zero columns change nothing: a zero in q and k adds nothing to a score, one in v is sliced off);
+GroupedMatmul takes int64 counts. Sources for each choice are in ``docs/ascend-operators.md``.
+
+At one token per row each operator costs about its launch, so decoding is written for few operators.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import nn, ops
+from mindspore.ops import auto_generate as generated
+from mindspore.ops import operations as P
+
+from .. import shapes
+from ..configuration import TextConfig, VisionConfig
+from . import plain
+
+HEAD_DIM_STEP, LARGEST_HEAD_DIM = 16, 512  # of FusedInferAttentionScore
+# inner_precise of FusedInferAttentionScore: accumulate in fp32, and for text also treat rows that are masked whole.
+PRECISE, PRECISE_MASKED = 0, 2
+COUNTS = 2  # MoeInitRoutingV2 gives how many rows each expert has, not their running sum
+# GroupedMatmulV4: groups along the rows of x, their sizes as counts, one output for all of them
+GROUPS = {"split_item": 3, "group_type": 0, "group_list_type": 1}
+
+Embedding = plain.Embedding
+cache_shapes = shapes.cache_of_batch
+
+
+def parameter_dtype(dtype: ms.Type) -> ms.Type:
+    """As the model's: nothing is widened."""
+    return dtype
+
+
+class Linear(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = P.MatMul(transpose_b=True)
+
+    def construct(self, x, weight, bias=None):
+        y = self.matmul(x, weight)
+        if bias is not None:
+            y = y + bias
+        return y
+
+
+class RMSNorm(nn.Cell):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.norm = P.RmsNorm(eps)
+
+    def construct(self, x, weight):
+        return self.norm(x, weight)[0]
+
+
+class Split(nn.Cell):
+    """One operator for both parts, where two slices would be two."""
+
+    def __init__(self, first: int, rest: int) -> None:
+        super().__init__()
+        self.sizes = (first, rest)
+        self.split = generated.SplitWithSize()
+
+    def construct(self, x):
+        return self.split(x, self.sizes, -1)
+
+
+class SwiGLU(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.swiglu = generated.Swiglu()
+
+    def construct(self, gate_up):
+        return self.swiglu(gate_up, -1)
+
+
+class Router(plain.Router):
+    """TopkExt has an aclnn kernel; TopK would be compiled as a single-operator model."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.top = generated.TopkExt()
+
+    def choose(self, scores):
+        return ops.cast(self.top(scores, self.k, -1, True, True)[1], ms.int32)
+
+
+class Experts(nn.Cell):
+    """Rows sorted by expert, two grouped products, rows added up again: only the chosen experts' weights are read."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.experts = config.n_routed_experts
+        self.sort = generated.MoeInitRoutingV2()
+        self.grouped = generated.GroupedMatmulV4()
+        self.swiglu = SwiGLU()
+        self.unsort = generated.MoeTokenUnpermute()
+
+    def construct(self, x, gate_up, down, indices, weights):
+        rows, places, counts, _ = self.sort(x, indices, 0, 0, self.experts, 0, COUNTS, False)  # (R * k, H)
+        counts = ops.cast(counts, ms.int64)
+        h = self.swiglu(self.grouped([rows], [gate_up], group_list=counts, **GROUPS)[0])
+        y = self.grouped([h], [down], group_list=counts, **GROUPS)[0]
+        return self.unsort(y, places, ops.cast(weights, x.dtype))
+
+
+class Window(nn.Cell):
+    """The first slot that each row writes [B] int64, and the slots that its tokens do not see.
+
+    For one token per row these are fp32 [B, 1, S], added to the scores; for a chunk bool [B, 1, T, S]. It says chunk and
+    length at once and needs no assumption about how an operator aligns a causal mask.
+    """
+
+    def __init__(self, batch: int, tokens: int, context: int) -> None:
+        super().__init__()
+        self.batch, self.context = batch, context
+        self.added = tokens == 1
+        self.offsets = ms.Tensor([[[[i] for i in range(tokens)]]], ms.int32)
+        self.slots = ms.Tensor([[[list(range(context))]]], ms.int32)
+
+    def construct(self, start):
+        last = self.offsets + ops.reshape(start, (self.batch, 1, 1, 1))  # (B, 1, T, 1)
+        mask = ops.greater(self.slots, last)  # (B, 1, T, S)
+        if self.added:
+            mask = ops.cast(ops.reshape(mask, (self.batch, -1, self.context)), ms.float32) * plain.MASKED
+        return ops.cast(start, ms.int64), mask
+
+
+class AddedWindow(Window):
+    """For plain attention: fp32 [B, T, S] for a chunk too."""
+
+    def __init__(self, batch: int, tokens: int, context: int) -> None:
+        super().__init__(batch, tokens, context)
+        self.added = True
+
+
+class FusedAttention(nn.Cell):
+    """softmax(scale q k^T) v of q [B, heads, T, qk], k [B, heads, S, qk], v [B, heads, S, v] -> [B, heads, T, v].
+
+    Raises:
+        ValueError: the head dim is larger than the operator takes.
+    """
+
+    def __init__(self, heads: int, qk: int, v: int, scale: float, precision: int) -> None:
+        super().__init__()
+        self.v = v
+        self.width = -(-max(qk, v) // HEAD_DIM_STEP) * HEAD_DIM_STEP
+        if self.width > LARGEST_HEAD_DIM:
+            raise ValueError(
+                f"attention: a head dim of {max(qk, v)}, but FusedInferAttentionScore takes at most "
+                f"{LARGEST_HEAD_DIM}; use plain attention"
+            )
+        self.pad = generated.ConstantPadND()
+        self.unpad = Split(v, self.width - v)
+        self.attention = generated.FusedInferAttentionScore(
+            num_heads=heads,
+            num_key_value_heads=heads,
+            scale_value=scale,
+            input_layout="BNSD",
+            sparse_mode=0,
+            inner_precise=precision,
+        )
+
+    def construct(self, q, k, v, mask=None, lengths=None):
+        """mask [B, 1, T, S] is True where a key is not seen; lengths [B] int64 of queries and keys alike."""
+        q, k, v = self._padded(q), self._padded(k), self._padded(v)
+        y = self.attention(q, [k], [v], None, mask, lengths, lengths)[0]
+        if self.width > self.v:
+            y = self.unpad(y)[0]
+        return y
+
+    def _padded(self, x):
+        if x.shape[-1] < self.width:
+            x = self.pad(x, (0, self.width - x.shape[-1]), 0.0)
+        return x
+
+
+class HeadsFirst(nn.Cell):
+    """[B, T, heads, D] -> [B, heads, T, D], and back."""
+
+    def construct(self, x):
+        return ops.transpose(x, (0, 2, 1, 3))
+
+
+class BatchAttention(plain.LatentAttention):
+    """One cache parameter for all rows of the batch, written by an operator that everything after it depends on."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.update = generated.KVCacheScatterUpdate()
+        self.add_scaled = generated.AddExt()
+        self.rope = config.qk_rope_head_dim
+        self.split_latent = Split(self.lora, self.rope)
+
+    def construct(self, q_nope, q_rope, rows, caches, window, k_b, v_b):
+        start, mask = window
+        batch, width = caches[0].shape[0], rows.shape[-1]
+        new = ops.reshape(rows, (batch, 1, -1, width))  # (B, 1, T, lora + rope)
+        cache = self.update(caches[0], start, new, -2, "update")
+        cache = ops.reshape(cache, (batch, -1, width))  # (B, S, lora + rope)
+        if new.shape[2] == 1:
+            y = self.decode(q_nope, q_rope, cache, mask, k_b, v_b)
+        else:
+            y = self.prefill_batch(q_nope, q_rope, cache, mask, k_b, v_b)
+        return y
+
+    def decode(self, q_nope, q_rope, cache, mask, k_b, v_b):
+        """One token of each row: queries [B, heads, nope], [B, heads, rope] -> [B, heads * v]."""
+        q_latent = self._swapped(self.batch_matmul(self._swapped(q_nope), k_b))  # (B, heads, lora)
+        scores = self.batch_matmul_t(ops.concat((q_latent, q_rope), -1), cache)  # (B, heads, S)
+        p = self.softmax(self.add_scaled(mask, ops.cast(scores, ms.float32), self.scale))
+        latent = self.split_latent(self.batch_matmul(ops.cast(p, cache.dtype), cache))[0]  # (B, heads, lora)
+        values = self._swapped(self.batch_matmul_t(self._swapped(latent), v_b))  # (B, heads, v)
+        return ops.reshape(values, (values.shape[0], -1))
+
+    def _swapped(self, x):
+        """[a, b, D] -> [b, a, D]; for one of one it is a reshape, which costs nothing."""
+        shape = (x.shape[1], x.shape[0], x.shape[2])
+        return ops.reshape(x, shape) if 1 in shape[:2] else ops.transpose(x, (1, 0, 2))
+
+
+class LatentAttention(BatchAttention):
+    """Chunks expand keys and values of the window and attend in one operator."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.swap = HeadsFirst()
+        qk = config.qk_head_dim
+        self.fused = FusedAttention(self.heads, qk, self.v, qk**-0.5, PRECISE_MASKED)
+
+    def prefill_batch(self, q_nope, q_rope, cache, mask, k_b, v_b):
+        """A chunk of each row: queries [R, heads, nope], [R, heads, rope] -> [R, heads * v]."""
+        batch, context = cache.shape[0], cache.shape[1]
+        q = ops.reshape(ops.concat((q_nope, q_rope), -1), (batch, -1, self.heads, self.nope + self.rope))
+        latent, k_rope = self.split_latent(cache)
+        k_rope = ops.broadcast_to(k_rope.expand_dims(2), (batch, context, self.heads, self.rope))
+        keys = ops.concat((self._expand(latent, k_b), k_rope), -1)  # (B, S, heads, nope + rope)
+        y = self.fused(self.swap(q), self.swap(keys), self.swap(self._expand(latent, v_b)), mask)
+        return ops.reshape(self.swap(y), (q_nope.shape[0], -1))
+
+    def _expand(self, latent, weight):
+        """[B, S, lora] x [heads, D, lora] -> [B, S, heads, D]."""
+        y = self.matmul_t(ops.reshape(latent, (-1, self.lora)), ops.reshape(weight, (-1, self.lora)))
+        return ops.reshape(y, (latent.shape[0], latent.shape[1], self.heads, -1))
+
+
+class PlainLatentAttention(BatchAttention):
+    """Chunks attend with plain operators, row after row of the batch."""
+
+    def prefill_batch(self, q_nope, q_rope, cache, mask, k_b, v_b):
+        batch = cache.shape[0]
+        tokens = q_nope.shape[0] // batch
+        out = ()
+        for b in range(batch):
+            at = b * tokens
+            nope = plain.scaled(q_nope[at : at + tokens], self.scale)
+            rope = plain.scaled(q_rope[at : at + tokens], self.scale)
+            out += (self.prefill(nope, rope, cache[b], mask[b], k_b, v_b),)
+        return ops.concat(out, 0)
+
+
+class VisionAttention(nn.Cell):
+    """One image per call; what its patches from `valid` on attend to is not defined, and nobody attends to them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        d = config.head_dim
+        self.swap = HeadsFirst()
+        self.fused = FusedAttention(config.num_attention_heads, d, d, d**-0.5, PRECISE)
+
+    def construct(self, q, k, v, valid):
+        q, k, v = self.swap(q.expand_dims(0)), self.swap(k.expand_dims(0)), self.swap(v.expand_dims(0))
+        y = self.fused(q, k, v, None, ops.cast(valid, ms.int64))  # (1, heads, N, head_dim)
+        return ops.reshape(self.swap(y), (q.shape[2], -1))
+
+
+VARIANTS = {
+    "attention": {
+        "fused": {},
+        "plain": {
+            "Window": AddedWindow,
+            "LatentAttention": PlainLatentAttention,
+            "VisionAttention": plain.VisionAttention,
+        },
+    },
+    "experts": {"fused": {}, "plain": {"Experts": plain.Experts}},
+}
