@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mindspore as ms
 from mindspore import lazy_inline, nn, ops
-from mindspore.ops import operations as P
 
 from .configuration import TextConfig
 from .kernels import Kernels
@@ -16,25 +15,6 @@ from .parameters import empty_parameter
 
 # The published class leaves this norm at its default; only the others follow rms_norm_eps.
 KV_A_LAYERNORM_EPS = 1e-6
-
-
-class Rotate(nn.Cell):
-    """Rotary embedding of half-split pairs: x [R, heads, 2F] and `rotary_tables`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.halves = P.Split(-1, 2)
-
-    def construct(self, x, cos, sin):
-        a, b = self.halves(x)
-        return x * cos + ops.concat((b, a), -1) * sin
-
-
-def rotary_tables(cos, sin, heads: int):
-    """[R, F] -> [R, heads, 2F], the same for every head: what is multiplied with x, and with x's swapped halves."""
-    shape = (cos.shape[0], heads, 2 * cos.shape[1])
-    cos = ops.broadcast_to(ops.concat((cos, cos), -1).expand_dims(1), shape)
-    return cos, ops.broadcast_to(ops.concat((-sin, sin), -1).expand_dims(1), shape)
 
 
 class Linear(nn.Cell):
@@ -66,7 +46,6 @@ class Attention(nn.Cell):
     def __init__(self, kernels: Kernels, dtype: ms.Type, config: TextConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.rope = config.qk_rope_head_dim
         nope, lora = config.qk_nope_head_dim, config.kv_lora_rank
         self.q_proj = Linear(kernels, dtype, config.hidden_size, self.heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(kernels, dtype, config.hidden_size, config.latent_dim)
@@ -74,21 +53,16 @@ class Attention(nn.Cell):
         self.k_b_proj = HeadProjection(dtype, self.heads, nope, lora)
         self.v_b_proj = HeadProjection(dtype, self.heads, config.v_head_dim, lora)
         self.o_proj = Linear(kernels, dtype, self.heads * config.v_head_dim, config.hidden_size)
-        self.split_q = kernels.Split(nope, self.rope)
-        self.split_kv = kernels.Split(lora, self.rope)
-        self.split_rope = kernels.Split(self.heads * self.rope, self.rope)
-        self.rotate = Rotate()
+        self.split_q = kernels.Split(nope, config.qk_rope_head_dim)
+        self.split_kv = kernels.Split(lora, config.qk_rope_head_dim)
+        self.rotate = kernels.Rotate(self.heads, config.qk_rope_head_dim)
         self.attention = kernels.LatentAttention(config)
 
-    def construct(self, x, cos, sin, caches, window):
+    def construct(self, x, tables, caches, window):
         rows = x.shape[0]
         q_nope, q_rope = self.split_q(ops.reshape(self.q_proj(x), (rows, self.heads, -1)))
         latent, k_rope = self.split_kv(self.kv_a_proj_with_mqa(x))
-        # The shared key is rotated as one more head of the queries.
-        rope = ops.concat((ops.reshape(q_rope, (rows, -1)), k_rope), -1)
-        rope = self.rotate(ops.reshape(rope, (rows, self.heads + 1, self.rope)), cos, sin)
-        q_rope, k_rope = self.split_rope(ops.reshape(rope, (rows, -1)))
-        q_rope = ops.reshape(q_rope, (rows, self.heads, self.rope))
+        q_rope, k_rope = self.rotate(q_rope, k_rope, tables)
         latent = ops.concat((self.kv_a_layernorm(latent), k_rope), -1)
         y = self.attention(q_nope, q_rope, latent, caches, window, self.k_b_proj.weight, self.v_b_proj.weight)
         return self.o_proj(y)
@@ -176,8 +150,8 @@ class DecoderLayer(nn.Cell):
         else:
             self.mlp = MLP(kernels, dtype, config.hidden_size, config.intermediate_size)
 
-    def construct(self, x, cos, sin, caches, window):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, caches, window)
+    def construct(self, x, tables, caches, window):
+        x = x + self.self_attn(self.input_layernorm(x), tables, caches, window)
         h = self.post_attention_layernorm(x)
         indices = None
         if self.is_moe:
@@ -207,15 +181,15 @@ class TextModel(nn.Cell):
             [DecoderLayer(kernels, dtype, config, i) for i in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(kernels, dtype, config.hidden_size, config.rms_norm_eps)
-        self.rotated = config.num_attention_heads + 1  # the queries' heads and the shared key
+        self.tables = kernels.RotaryTables(config.num_attention_heads, config.qk_rope_head_dim)
 
     def construct(self, x, cos, sin, caches, window):
         """x [R, H] -> the layers' outputs (the last before the final norm) and the MoE layers' chosen experts."""
-        cos, sin = rotary_tables(cos, sin, self.rotated)
+        tables = self.tables(cos, sin)
         per_layer = len(caches) // len(self.layers)
         hidden, routing = (), ()
         for i, layer in enumerate(self.layers):
-            x, indices = layer(x, cos, sin, caches[i * per_layer : (i + 1) * per_layer], window)
+            x, indices = layer(x, tables, caches[i * per_layer : (i + 1) * per_layer], window)
             hidden += (x,)
             if indices is not None:
                 routing += (indices,)

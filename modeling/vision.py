@@ -13,8 +13,9 @@ from mindspore.ops import operations as P
 
 from .configuration import ModelConfig, VisionConfig
 from .kernels import Kernels
-from .language import Linear, Rotate, rotary_tables
+from .language import Linear
 from .parameters import empty_parameter
+from .rotary import RotateHalf, rotary_tables
 
 LAYER_NORM_EPS = 1e-5
 TAPS = 16  # of a bicubic interpolation
@@ -87,7 +88,7 @@ class VisionBlock(nn.Cell):
         self.wqkv = Linear(kernels, dtype, d, 3 * d, bias=True)
         self.wo = Linear(kernels, dtype, d, d, bias=True)
         self.mlp = VisionMLP(kernels, dtype, config)
-        self.rotate = Rotate()
+        self.rotate = RotateHalf()
         self.split = P.Split(1, 3)
         self.attention = kernels.VisionAttention(config)
 

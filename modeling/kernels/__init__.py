@@ -8,6 +8,8 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``Embedding()`` | table [V, H], ids [R] int32 -> [R, H] |
 | ``RMSNorm(eps)`` | x [R, H], weight [H] -> [R, H] |
 | ``Split(first, rest)`` | [..., first + rest] -> [..., first] and [..., rest] |
+| ``RotaryTables(heads, dim)`` | cos, sin [R, dim / 2] -> tables, made once for all layers |
+| ``Rotate(heads, dim)`` | q [R, heads, dim], k [R, dim], tables -> both, rotated in half-split pairs |
 | ``SwiGLU()`` | [R, 2I], gate columns first -> [R, I] |
 | ``Router(config)`` | x [R, H], weight [E, H] fp32, bias [E] fp32 -> indices [R, k] int32, weights [R, k] fp32 |
 | ``Experts(config)`` | x [R, H], gate_up [E, H, 2I], down [E, I, H], indices, weights [R, k] -> [R, H] |

@@ -69,6 +69,35 @@ class Split(nn.Cell):
         return self.split(x, self.sizes, -1)
 
 
+class RotaryTables(nn.Cell):
+    """A rotation matrix per row [R, D, D]: with it, each layer rotates in one product for queries and one for keys.
+
+    A column has two numbers that are not 0, so the product is x cos + x' sin, summed in fp32 and rounded once.
+    """
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        half = dim // 2
+        self.same = ms.Tensor([[[float(i == j) for j in range(dim)] for i in range(dim)]], ms.float32)
+        self.swapped = ms.Tensor(
+            [[[float(i == (j + half) % dim) for j in range(dim)] for i in range(dim)]], ms.float32
+        )
+
+    def construct(self, cos, sin):
+        cos, sin = ops.cast(ops.concat((cos, cos), -1), ms.float32), ops.concat((-sin, sin), -1)
+        turn = self.same * cos.expand_dims(1) + self.swapped * ops.cast(sin, ms.float32).expand_dims(1)
+        return ops.cast(turn, sin.dtype)
+
+
+class Rotate(nn.Cell):
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.batch_matmul = P.BatchMatMul()
+
+    def construct(self, q, k, tables):
+        return self.batch_matmul(q, tables), ops.reshape(self.batch_matmul(k.expand_dims(1), tables), k.shape)
+
+
 class SwiGLU(nn.Cell):
     def __init__(self) -> None:
         super().__init__()

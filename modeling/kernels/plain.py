@@ -17,6 +17,7 @@ from mindspore.ops import operations as P
 
 from .. import shapes
 from ..configuration import TextConfig, VisionConfig
+from ..rotary import RotateHalf, rotary_tables
 
 # Numbers of a block of attention scores, heads x queries x keys: 64 MB in fp32. It bounds the memory of prefill and
 # vision attention, whose whole score matrix would be gigabytes. Blocks of fewer rows than the second number would make
@@ -148,6 +149,31 @@ class RMSNorm(nn.Cell):
         y = y * ops.broadcast_to(ops.rsqrt(self.mean(y * y, -1) + self.eps), y.shape)
         y = y * ops.broadcast_to(ops.cast(weight, ms.float32), y.shape)
         return ops.cast(y, x.dtype)
+
+
+class RotaryTables(nn.Cell):
+    """For the queries' heads and the shared key, which is rotated as one head more."""
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def construct(self, cos, sin):
+        return rotary_tables(cos, sin, self.heads + 1)
+
+
+class Rotate(nn.Cell):
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.heads, self.dim = heads, dim
+        self.split = Split(heads * dim, dim)
+        self.rotate = RotateHalf()
+
+    def construct(self, q, k, tables):
+        rows = q.shape[0]
+        x = ops.reshape(ops.concat((ops.reshape(q, (rows, -1)), k), -1), (rows, -1, self.dim))
+        q, k = self.split(ops.reshape(self.rotate(x, tables[0], tables[1]), (rows, -1)))
+        return ops.reshape(q, (rows, self.heads, self.dim)), k
 
 
 class SwiGLU(nn.Cell):
