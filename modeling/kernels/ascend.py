@@ -51,7 +51,7 @@ class Linear(nn.Cell):
 class RMSNorm(nn.Cell):
     def __init__(self, eps: float) -> None:
         super().__init__()
-        self.norm = P.RmsNorm(eps)
+        self.norm = generated.RmsNorm(eps)
 
     def construct(self, x, weight):
         return self.norm(x, weight)[0]
