@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mindspore as ms
 import numpy as np
@@ -87,14 +87,31 @@ class MindIRModel(KimiVLGeneration):
         return self.weights.array(name)
 
 
-class BundleGraphs:
-    """Loads graphs when they are first needed. See `engine.Graphs`."""
+class RunnableGraph(Protocol):
+    """One graph of a bundle."""
 
-    def __init__(self, directory: Path, bundle: Bundle, weights: SharedWeights) -> None:
+    def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
+        """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""
+
+
+class BundleGraphs:
+    """Loads graphs when they are first needed. See `engine.Graphs`.
+
+    `load` makes one of directory, name, bundle and weights. Default: :class:`LoadedGraph`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        bundle: Bundle,
+        weights: SharedWeights,
+        load: Callable[[Path, str, Bundle, SharedWeights], RunnableGraph] | None = None,
+    ) -> None:
         self._directory = directory
         self._bundle = bundle
         self._weights = weights
-        self._graphs: dict[str, LoadedGraph] = {}
+        self._load: Callable[[Path, str, Bundle, SharedWeights], RunnableGraph] = load or LoadedGraph
+        self._graphs: dict[str, RunnableGraph] = {}
         self.contexts: Sequence[int] = bundle.contexts
         self.patches: Sequence[int] = bundle.patches
         self.chunk = bundle.prefill_chunk
@@ -117,7 +134,7 @@ class BundleGraphs:
         kind = DECODE if tokens == 1 else PREFILL_LOGITS if all_logits else PREFILL
         return self._graph(kind, context, taps).run(inputs, rows)
 
-    def _graph(self, kind: str, size: int, taps: bool) -> LoadedGraph:
+    def _graph(self, kind: str, size: int, taps: bool) -> RunnableGraph:
         """The smallest graph of a kind with at least `size` patches or cache slots."""
         fit = {
             (g.context or g.patches or 0): name
@@ -131,7 +148,7 @@ class BundleGraphs:
             )
         name = fit[min(fit)]
         if name not in self._graphs:
-            self._graphs[name] = LoadedGraph(self._directory, name, self._bundle, self._weights)
+            self._graphs[name] = self._load(self._directory, name, self._bundle, self._weights)
         return self._graphs[name]
 
 

@@ -61,17 +61,24 @@ class Found:
     config: ModelConfig
     limits: Limits
     taps: bool = True
+    interpreted: bool = False
 
     @property
     def stage(self) -> str:
+        if self.interpreted:
+            return "interpreter"
         return "bundle" if self.kind == "bundle" else "network"
 
 
-def inspect(path: str | Path) -> Found:
+def inspect(path: str | Path, through: str | None = None) -> Found:
     """What kind of candidate a directory is, and what it can take.
 
+    Args:
+        through: what runs it, "mindspore" or "interpreter". Default: MindSpore, for a bundle of another target than
+            this machine's CPU the interpreter.
+
     Raises:
-        CandidateError, BundleError: it is none, or its manifest is damaged.
+        CandidateError, BundleError: it is none, or its manifest is damaged, or it cannot be run so.
         ConfigError: its configuration is not Kimi-VL's.
     """
     path = Path(path)
@@ -83,7 +90,13 @@ def inspect(path: str | Path) -> Found:
     if (path / BUNDLE).is_file():
         bundle = Bundle.load(path)
         limits = Limits(bundle.contexts, bundle.prefill_chunk, bundle.patches[-1])
-        return Found(path, "bundle", config, limits, bundle.taps)
+        here = bundle.target == "cpu"
+        interpreted = through == "interpreter" or (through is None and not here)
+        return Found(path, "bundle", config, limits, bundle.taps, interpreted)
+    if through == "interpreter":
+        raise CandidateError(
+            f"--through: {path} is no bundle, and only graphs of a bundle can be interpreted"
+        )
     kind = "converted directory" if (path / CONVERTED).is_file() else "published directory"
     return Found(path, kind, config, _network_limits(path, config))
 
@@ -94,6 +107,10 @@ def open_candidate(found: Found) -> Candidate:
     Raises:
         ValueError: the weights or graphs are damaged; the message says how.
     """
+    if found.interpreted:
+        from .interpreted import InterpretedModel
+
+        return ModelCandidate(InterpretedModel.from_bundle(found.path, verify=True), found)
     if found.kind == "bundle":
         from ..export import MindIRModel
 
@@ -110,7 +127,7 @@ def open_candidate(found: Found) -> Candidate:
 
 
 class ModelCandidate:
-    """The network or a reloaded bundle, through the call they share."""
+    """The network or a bundle, reloaded or interpreted, through the call they share."""
 
     def __init__(self, model: Any, found: Found):
         self.model = model
@@ -122,11 +139,16 @@ class ModelCandidate:
         import mindspore
 
         where = str(mindspore.get_context("device_target"))
+        runs_on = f"MindSpore {mindspore.__version__} on {where}"
+        if self.found.interpreted:
+            import torch
+
+            where, runs_on = "CPU", f"node by node in Torch {torch.__version__} on CPU, arithmetic in fp32"
         return {
             "kind": self.found.kind,
             "stage": self.found.stage,
             "path": str(self.found.path),
-            "runs_on": f"MindSpore {mindspore.__version__} on {where}",
+            "runs_on": runs_on,
             "on_device": where != "CPU",
             "dtype": _dtype_name(self.model.dtype),
             "context": self.limits.context,

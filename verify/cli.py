@@ -23,6 +23,7 @@ Examples:
   verify-parity --reference nano --candidate ./ckpt --report ./report
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report
   verify-parity --reference nano --candidate ./ckpt --report ./report --cases text --cases steps
+  verify-parity --reference nano --candidate ./mindir --report ./report --through interpreter
   verify-parity judge ./report/run.json --profile my-thresholds.json
 
 \b
@@ -53,6 +54,11 @@ class MissingPackage(RuntimeError):
     metavar="NAME",
     help="Only this case (repeatable), or quick: three of them.  [default: the suite]",
 )
+@click.option(
+    "--through",
+    type=click.Choice(["mindspore", "interpreter"]),
+    help="What runs a bundle's graphs.  [default: interpreter for another target than the CPU, else mindspore]",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout, all else on stderr.")
 @click.option("--dry-run", is_flag=True, help="Show what would run, and stop.")
@@ -64,6 +70,7 @@ def cli(
     report: str | None,
     profile: str,
     cases: tuple[str, ...],
+    through: str | None,
     seed: int | None,
     as_json: bool,
     dry_run: bool,
@@ -81,7 +88,7 @@ def cli(
             raise click.UsageError(f"Missing option '{option}'.", context)
     assert reference is not None and candidate is not None
     with _errors():
-        _verify(reference, candidate, report, profile, cases, seed, as_json, dry_run)
+        _verify(reference, candidate, report, profile, cases, through, seed, as_json, dry_run)
 
 
 @cli.command()
@@ -109,6 +116,7 @@ def _verify(
     report: str | None,
     profile: str,
     names: tuple[str, ...],
+    through: str | None,
     seed: int | None,
     as_json: bool,
     dry_run: bool,
@@ -125,7 +133,7 @@ def _verify(
     with _about("--candidate"):
         other = resolve(candidate)
     directory = reference.directory
-    found = inspect(other.directory)
+    found = inspect(other.directory, through)
     config = require_same_model(directory, found)
     plans = select(suite(config, found.limits), names)
     real = has_processor(directory)
@@ -133,7 +141,7 @@ def _verify(
     shown = _called(source, reference), _called(candidate, other)
     arguments = {
         "reference": f"{shown[0]} (revision {reference.revision})" if reference.revision else shown[0],
-        "candidate": f"{shown[1]} ({found.kind})",
+        "candidate": f"{shown[1]} ({found.kind}{', interpreted' if found.interpreted else ''})",
         "report": report or "(none: dry run)",
         "profile": thresholds.name,
         "cases": ", ".join(plan.name for plan in plans),

@@ -250,9 +250,14 @@ def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
 def stages(run: dict[str, Any]) -> list[dict[str, Any]]:
     """The chain from Torch to the device: what this run executed, and what it did not."""
     candidate = run["candidate"]
-    ran = {"network": "MindSpore graphs", "bundle": "Reloaded CPU MindIR"}.get(candidate["stage"])
+    names = {
+        "network": "MindSpore graphs",
+        "bundle": "Reloaded CPU MindIR",
+        "interpreter": "Interpreted MindIR",
+    }
+    ran = names.get(candidate["stage"])
     chain = [{"stage": "Torch reference", "ran": True, "where": f"{run['reference']['runs_on']}, fp32"}]
-    for stage in ("MindSpore graphs", "Reloaded CPU MindIR"):
+    for stage in names.values():
         here = stage == ran
         chain.append({"stage": stage, "ran": here, "where": candidate["runs_on"] if here else "did not run"})
     device = bool(candidate.get("on_device"))

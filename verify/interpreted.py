@@ -1,0 +1,109 @@
+"""A bundle whose graphs run in the MindIR interpreter: also one for a device that is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..export.bundle import Bundle, Port
+from ..export.load import BundleGraphs, MindIRModel
+from ..export.weights import SharedWeights, check_files
+from ..modeling.cache import RowCache
+from ..modeling.engine import Arrays, Engine
+from .mindir import Interpreter, load_graph
+from .mindir.interpreter import Arithmetic
+
+
+class InterpretedModel(MindIRModel):
+    """As :class:`MindIRModel`, for a bundle of any target, with nothing of MindSpore running."""
+
+    def __init__(
+        self, directory: Path, bundle: Bundle, weights: SharedWeights, arithmetic: Arithmetic = "lifted"
+    ) -> None:
+        super().__init__(directory, bundle, weights)
+
+        def load(directory: Path, name: str, bundle: Bundle, weights: SharedWeights) -> InterpretedGraph:
+            return InterpretedGraph(directory, name, bundle, weights, arithmetic)
+
+        self.engine = Engine(self.engine.config, BundleGraphs(directory, bundle, weights, load))
+
+    @classmethod
+    def from_bundle(
+        cls, directory: str | Path, verify: bool = False, arithmetic: Arithmetic = "lifted"
+    ) -> InterpretedModel:
+        """A bundle, checked against its manifest as :meth:`MindIRModel.from_bundle` does.
+
+        Args:
+            arithmetic: see :class:`Interpreter`.
+
+        Raises:
+            BundleError: it is no bundle, or is damaged.
+        """
+        path = Path(directory)
+        bundle = Bundle.load(path)
+        check_files(path, bundle, verify)
+        return cls(path, bundle, SharedWeights(path, bundle, verify), arithmetic)
+
+
+class InterpretedGraph:
+    """One graph of a bundle.
+
+    Raises:
+        InterpreterError: the graph has an operator without a rule, or a parameter that the bundle does not have.
+    """
+
+    def __init__(
+        self, directory: Path, name: str, bundle: Bundle, weights: SharedWeights, arithmetic: Arithmetic
+    ) -> None:
+        record = bundle.graphs[name]
+        graph = load_graph(directory / record.file, [port.name for port in record.outputs])
+        self._caches = record.caches
+        self._context = record.context or 0
+        self._tokens = record.tokens or 0
+        self._interpreter = Interpreter(graph, _Weights(bundle, weights), arithmetic)
+
+    def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
+        """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""
+        parameters = self._interpreter.parameters
+        for port, layer, held in self._held(rows):
+            content = np.stack([row.buffers[layer][: self._context] for row in held])
+            parameters.write(port.name, content.reshape(port.shape))
+        outputs = self._interpreter(inputs)
+        for port, layer, held in self._held(rows):
+            written = parameters.read(port.name).reshape(len(held), self._context, -1)
+            for row, content in zip(held, written):
+                new = slice(row.length, row.length + self._tokens)
+                row.buffers[layer][new] = content[new]
+        return [_plain(output) for output in outputs.values()]
+
+    def _held(self, rows: Sequence[RowCache]) -> Iterator[tuple[Port, int, Sequence[RowCache]]]:
+        """Each cache parameter, its layer, and the rows that it holds: one, or all."""
+        if rows:
+            per_layer = len(self._caches) // len(rows[0].buffers)
+            for i, port in enumerate(self._caches):
+                layer, row = divmod(i, per_layer)
+                yield port, layer, rows if per_layer == 1 else rows[row : row + 1]
+
+
+class _Weights(Mapping[str, np.ndarray]):
+    """A bundle's weights as the interpreter takes them."""
+
+    def __init__(self, bundle: Bundle, weights: SharedWeights) -> None:
+        self._names = bundle.weights
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._weights.array(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _plain(output: np.ndarray) -> np.ndarray:
+    """fp32 of a shorter float: what the host computes with."""
+    return output if output.dtype in (np.float32, np.int32) else output.astype(np.float32)
