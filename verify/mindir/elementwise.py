@@ -24,6 +24,7 @@ _BINARY: dict[str, Callable[..., Tensor]] = {
     "Minimum": torch.minimum,
     "Pow": torch.pow,
     "FloorDiv": torch.floor_divide,
+    "FloorMod": torch.remainder,
     "RemainderTensorTensor": torch.remainder,
 }
 _COMPARISONS: dict[str, Callable[..., Tensor]] = {
@@ -65,6 +66,12 @@ rule("LogicalNot")(torch.logical_not)
 @rule("Muls")
 def muls(x: Tensor, scalar: float) -> Tensor:
     return x * scalar
+
+
+@rule("Divs")
+def divs(x: Tensor, scalar: float) -> Tensor:
+    require(x.is_floating_point(), "divides integers, which would give a float")
+    return x / scalar
 
 
 @rule("Div", "RealDiv")

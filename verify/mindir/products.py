@@ -118,7 +118,7 @@ def _listed(group_list: Any) -> list[int] | None:
 
 
 def _check_info(info: Any, *arguments: Any) -> None:
-    """`group_info` holds how many tensors each argument has; the device reads it back when it runs."""
+    """`group_info` holds how many tensors each argument has (group_list always 1); the device reads it when it runs."""
     counts = tuple(0 if a is None else len(a) if isinstance(a, tuple) else 1 for a in arguments)
     require(tuple(info)[: len(counts)] == counts, f"has group_info {info}, expected {counts}")
 
@@ -153,7 +153,7 @@ def grouped_matmul_v4(x, weight, bias, scale, offset, antiquant_scale, antiquant
     require(act_type == 0 and output_dtype is None, "has an activation or another output dtype")
     first = (bias, scale, offset, antiquant_scale, antiquant_offset, pre_token_scale)
     last = (activation_input, activation_quant_scale, activation_quant_offset)
-    _check_info(group_info, x, weight, *first, group_list, *last)
+    _check_info(group_info, x, weight, *first, (group_list,), *last)
     numbers = _listed(group_list)
     if numbers is not None and group_list_type == 1:
         require(min(numbers, default=0) >= 0, f"has the counts {numbers}")
