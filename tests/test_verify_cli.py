@@ -76,6 +76,29 @@ def test_a_bundle_passes(tmp_path):
     assert run["candidate"]["kind"] == "bundle" and "bundle.json" in run["candidate"]["files"]
 
 
+def test_a_bundle_passes_in_the_interpreter(tmp_path):
+    bundle = bundles.bundle("tiny8-bf16")
+    arguments = ("--reference", TINY, "--candidate", bundle, "--report", tmp_path, "--through", "interpreter")
+    result = invoke(*arguments, "--cases", "pieces")
+    assert result.exit_code == 0, result.output
+    assert "Interpreted MindIR: node by node in Torch" in result.stdout
+    assert "Reloaded CPU MindIR: did not run" in result.stdout
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["cases"][0]["taps"]["logits"]["rel_l2"] < 1e-5 and not run["candidate"]["on_device"]
+
+
+def test_a_bundle_for_a_device_is_interpreted_and_only_a_bundle_can_be(tmp_path):
+    other = bundles.copy("tiny8-bf16", tmp_path / "mindir")
+    bundles.edit(other, lambda manifest: manifest.update(target="ascend"))
+    assert candidates.inspect(other).stage == "interpreter"
+    assert candidates.inspect(other, through="mindspore").stage == "bundle"
+    assert candidates.inspect(bundles.bundle("tiny8-bf16")).stage == "bundle"
+    dry = ("--reference", TINY, "--dry-run")
+    assert "(bundle, interpreted)" in invoke(*dry, "--candidate", other).stdout
+    refused = invoke(*dry, "--candidate", TINY, "--through", "interpreter")
+    assert refused.exit_code == 2 and "--through:" in refused.stderr and "is no bundle" in refused.stderr
+
+
 def test_a_bundle_without_taps_passes_and_says_what_was_not_judged(tmp_path):
     bundle = bundles.bundle("tiny8-fp32")
     arguments = ("--reference", DATA / "tiny8-fp32", "--candidate", bundle, "--report", tmp_path)

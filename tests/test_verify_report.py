@@ -154,6 +154,7 @@ def test_a_bundle_and_a_device_have_their_own_stage(good):
 
     assert ran() == ["Torch reference", "MindSpore graphs"]
     assert ran(stage="bundle") == ["Torch reference", "Reloaded CPU MindIR"]
+    assert ran(stage="interpreter") == ["Torch reference", "Interpreted MindIR"]
     assert ran(on_device=True, runs_on="MindSpore on Ascend")[-1] == "Ascend device"
 
 
