@@ -471,6 +471,31 @@ def test_index_copy_puts_rows_where_the_indices_say():
     close(got, want)
 
 
+class Pads(nn.Cell):
+    def construct(self, x):
+        pad = G.ConstantPadND()
+        return pad(x, (0, 8), 0.0), pad(x, (1, 2, 3, 0), -1.0)
+
+
+def test_padding_begins_with_the_last_axis():
+    x = normal(2, 3, 4)
+    last, both = interpret(Pads(), x)
+    close(last, np.pad(tensor(x), ((0, 0), (0, 0), (0, 8))))
+    close(both, np.pad(tensor(x), ((0, 0), (3, 0), (1, 2)), constant_values=-1))
+
+
+class Sizes(nn.Cell):
+    def construct(self, x):
+        return G.SplitWithSize()(x, (1, 3), -1) + G.SplitTensor()(x, 2, 1)
+
+
+def test_parts_by_size():
+    x = normal(2, 3, 4)
+    want = (*np.split(tensor(x), [1], 2), *np.split(tensor(x), [2], 1))
+    for got, part in zip(interpret(Sizes(), x), want, strict=True):
+        close(got, part)
+
+
 class Mint(nn.Cell):
     def construct(self, x, w, b, ids):
         return (

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import require
 from .rules import common, first, rule
@@ -47,6 +48,16 @@ def squeeze(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 @rule("BroadcastTo", "BroadcastToView", widen=False)
 def broadcast_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.expand(shape)
+
+
+@rule("ConstantPadND", widen=False)
+def constant_pad_nd(x: Tensor, padding: tuple[int, ...], value: float) -> Tensor:
+    """Pairs of counts, before and after, from the last axis on."""
+    require(
+        len(padding) % 2 == 0 and len(padding) <= 2 * x.ndim, f"has the padding {padding} for {x.ndim} axes"
+    )
+    require(min(padding, default=0) >= 0, f"has the padding {padding}; negative counts are not supported")
+    return F.pad(x, padding, value=value)
 
 
 @rule("Tile", widen=False)
