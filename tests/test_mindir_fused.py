@@ -268,7 +268,7 @@ def packed(layout: str, x: np.ndarray) -> np.ndarray:
 
 def sdpa(q, k, v, keep=None, scale=0.3):
     """Torch's own attention, which knows heads that share keys, and a mask of what is kept."""
-    keep = None if keep is None else torch.from_numpy(keep)
+    keep = None if keep is None else torch.from_numpy(keep.copy())
     return F.scaled_dot_product_attention(
         tensor(q), tensor(k), tensor(v), attn_mask=keep, scale=scale, enable_gqa=True
     ).numpy()
@@ -505,6 +505,7 @@ class Mint(nn.Cell):
             mint.split(x, (1, 7), 1)[1], mint.chunk(x, 2, -1)[0], mint.nn.functional.embedding(ids, x),
             mint.nn.functional.one_hot(ids, 5), mint.cumsum(ids, 0), mint.sort(x, dim=1, descending=True)[0],
             mint.nn.functional.layer_norm(x, (8,), b, b, 1e-5), mint.add(x, x, alpha=2), mint.sub(x, x, alpha=3),
+            ops.tanh(x),
         )  # fmt: skip
 
 
@@ -516,6 +517,7 @@ def test_operators_of_mint_are_torchs():
         x @ w.T, (x @ w.T)[None], F.linear(x, w, b), x.sum(-1, keepdim=True), x.mean(0), F.gelu(x, approximate="tanh"),
         F.silu(x), x[ids], x[:, 1:], x[:, :4], x[ids], F.one_hot(ids, 5), ids.cumsum(0),
         x.sort(dim=1, descending=True)[0], F.layer_norm(x, (8,), b, b, 1e-5), 3 * x, -2 * x,
+        torch.tanh(x),
     )  # fmt: skip
     for g, w in zip(got, want, strict=True):
         close(g, w, 1e-5)

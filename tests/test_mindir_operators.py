@@ -117,6 +117,31 @@ class Written(nn.Cell):
         return before, given, between, self.cache * 1.0
 
 
+class Ordered(nn.Cell):
+    """A write after a Depend, and one into what another write gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = ms.Parameter(ms.Tensor(np.arange(24, dtype=np.float32).reshape(6, 4)), name="cache")
+        self.write = ops.ScatterUpdate()
+
+    def construct(self, indices, rows):
+        first = self.write(ops.depend(self.cache, rows * 2.0), indices, rows)
+        second = self.write(first, indices - 1, rows + 1.0)
+        return second + self.cache
+
+
+class Assigned(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.total = ms.Parameter(ms.Tensor(np.ones((2, 4), np.float32)), name="total")
+
+    def construct(self, x):
+        before = self.total * 1.0
+        ops.assign(self.total, x + 2.0)
+        return before, self.total * 3.0
+
+
 ROWS = RNG.standard_normal((2, 4)).astype(np.float32)
 CASES = {
     "slices": (Slices(), X),
@@ -149,6 +174,8 @@ CASES = {
     "sort, descending": (Apply(ops.Sort(axis=1, descending=True)), X),
     "scatter update": (Written(ops.ScatterUpdate()), np.array([5, 1], np.int32), ROWS),
     "scatter nd update": (Written(ops.ScatterNdUpdate()), np.array([[5], [1]], np.int32), ROWS),
+    "ordered writes": (Ordered(), np.array([5, 1], np.int32), ROWS),
+    "assign": (Assigned(), ROWS),
 }
 
 

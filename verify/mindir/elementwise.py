@@ -74,7 +74,7 @@ def divs(x: Tensor, scalar: float) -> Tensor:
     return x / scalar
 
 
-@rule("Div", "RealDiv")
+@rule("Div")
 def div(x: Tensor, y: Tensor) -> Tensor:
     require(x.is_floating_point(), "divides integers, which would give a float")
     return x / y

@@ -7,16 +7,17 @@ it gives is held against the type that the file declares for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from . import attention, elementwise, experts, norms, products, selection, shaping  # noqa: F401  they fill RULES
-from .errors import InterpreterError, Refused
+from .errors import InterpreterError, Refused, require
 from .graph import CALL, Function, Graph, Node
 from .parameters import Parameters
-from .rules import RULES
+from .rules import RULES, Rule
 from .values import (
     LOW,
     MONAD,
@@ -121,9 +122,11 @@ class Interpreter:
                 return _STRUCTURE[node.operator](*arguments)
             rule = RULES[node.operator]
             arguments = tuple(a for a in arguments if not isinstance(a, Monad))
-            data, dtypes = rule(arguments, node.attributes)
-            result = self._finished(data, dtypes)
+            if rule.writes:
+                return self._write(node, rule, arguments)
+            result = self._finished(*rule(arguments, node.attributes))
             _check(result, node.declared)
+            return result
         except Refused as e:
             shown = ", ".join(map(described, arguments))
             raise InterpreterError(f"{node.operator} ({node.name}) {e}; its arguments are {shown}") from None
@@ -132,9 +135,16 @@ class Interpreter:
             raise InterpreterError(
                 f"{node.operator} ({node.name}) fails ({e}); its arguments are {shown}"
             ) from e
-        if rule.writes and node.inputs[0] in self.graph.references:
-            self.parameters.update(self.graph.references[node.inputs[0]], result.data)
-        return result
+
+    def _write(self, node: Node, rule: Rule, arguments: tuple[Any, ...]) -> Value:
+        """What a node gives that writes into a parameter, which is the parameter again."""
+        parameter = arguments[0].parameter
+        require(parameter in self.parameters.written, "writes into what is no parameter")
+        now = self.parameters.value(parameter)  # the argument may be what it was before another write
+        result = self._finished(*rule((now, *arguments[1:]), node.attributes))
+        _check(result, node.declared)
+        self.parameters.update(parameter, result.data)
+        return replace(result, parameter=parameter)
 
     def _call(self, closure: Any, *arguments: Any) -> Any:
         function = self.graph.functions.get(closure.graph) if isinstance(closure, Closure) else None
@@ -189,6 +199,11 @@ def _pass_on(value: Any, *_: Any) -> Any:
     return value
 
 
+def _load(value: Any, *_: Any) -> Any:
+    """The content at this moment."""
+    return replace(value, parameter=None) if isinstance(value, Value) else value
+
+
 def _partial(closure: Closure, *bound: Any) -> Closure:
     return Closure(closure.graph, (*closure.bound, *bound))
 
@@ -207,7 +222,7 @@ _STRUCTURE = {
     "MakeList": _make_tuple,
     "TupleGetItem": _item,
     "ListGetItem": _item,
-    "Load": _pass_on,
+    "Load": _load,
     "Depend": _pass_on,
     "Return": _pass_on,
     "UpdateState": _monad,

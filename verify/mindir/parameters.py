@@ -30,11 +30,7 @@ class Parameters:
         self._arrays = arrays
         self._lifted = lifted
         self._state: dict[str, torch.Tensor] = {}
-        self.written = {
-            graph.references[node.inputs[0]]
-            for node in graph.nodes
-            if node.operator in RULES and RULES[node.operator].writes and node.inputs[0] in graph.references
-        }
+        self.written = _written(graph)
         for parameter, spec in graph.parameters.items():
             if parameter in arrays:
                 if parameter in self.written:
@@ -48,9 +44,9 @@ class Parameters:
         """A parameter as a value of the graph."""
         spec = self._graph.parameters[parameter]
         if parameter in self._state:
-            return Value(self._state[parameter], spec.dtype)
+            return Value(self._state[parameter], spec.dtype, parameter)
         data = self._checked(parameter, self._arrays[parameter])
-        return Value(data.to(spec.dtype), spec.dtype)
+        return Value(data.to(spec.dtype), spec.dtype, parameter)
 
     def read(self, parameter: str) -> np.ndarray:
         """The present content."""
@@ -86,3 +82,17 @@ class Parameters:
                 f"{parameter}: the graph takes {spec}, but the array is {name(data.dtype)} {list(data.shape)}"
             )
         return data
+
+
+def _written(graph: Graph) -> set[str]:
+    """The parameters that nodes of the graph write: directly, after a Depend, or what another write gave."""
+    producers = {node.output: node for node in graph.nodes}
+    writers = {node.output for node in graph.nodes if node.operator in RULES and RULES[node.operator].writes}
+    found = set()
+    for writer in writers:
+        target = producers[writer].inputs[0]
+        while target in producers and (target in writers or producers[target].operator == "Depend"):
+            target = producers[target].inputs[0]
+        if target in graph.references:
+            found.add(graph.references[target])
+    return found

@@ -119,7 +119,7 @@ def _copy(target: Tensor, updates: Tensor) -> Tensor:
 @rule("Assign", widen=False, writes=True, result=_written)
 def assign(target: Tensor, value: Tensor) -> Tensor:
     require(target.shape == value.shape, f"assigns {list(value.shape)} to {list(target.shape)}")
-    return value
+    return value.clone()
 
 
 @rule("ScatterUpdate", widen=False, writes=True, result=_written)

@@ -17,12 +17,12 @@ def _joined(parts: tuple[Value, ...], *_: Any) -> torch.dtype:
     return common(*parts)
 
 
-@rule("Reshape", "View", widen=False, result=first)
+@rule("Reshape", widen=False, result=first)
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.reshape(shape)
 
 
-@rule("Transpose", "TransposeView", widen=False)
+@rule("Transpose", widen=False)
 def transpose(x: Tensor, order: tuple[int, ...]) -> Tensor:
     require(
         sorted(d % x.ndim for d in order) == list(range(x.ndim)),
@@ -45,7 +45,7 @@ def squeeze(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x.squeeze(axes)
 
 
-@rule("BroadcastTo", "BroadcastToView", widen=False)
+@rule("BroadcastTo", widen=False)
 def broadcast_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.expand(shape)
 
@@ -95,13 +95,13 @@ def split_with_size(x: Tensor, sizes: tuple[int, ...], axis: int) -> tuple[Tenso
     return x.split(sizes, axis)
 
 
-@rule("SplitTensor", "SplitTensorView", widen=False, result=first)
+@rule("SplitTensor", widen=False, result=first)
 def split_tensor(x: Tensor, size: int, axis: int) -> tuple[Tensor, ...]:
     """Into parts of `size`; the last may be smaller."""
     return x.split(size, axis)
 
 
-@rule("Chunk", "ChunkView", widen=False, result=first)
+@rule("ChunkView", widen=False, result=first)
 def chunk(x: Tensor, chunks: int, axis: int) -> tuple[Tensor, ...]:
     return x.chunk(chunks, axis)
 
@@ -162,6 +162,6 @@ def masked_fill(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, x)
 
 
-@rule("TensorMove", "Identity", "Contiguous", widen=False)
+@rule("TensorMove", widen=False)
 def identity(x: Tensor) -> Tensor:
     return x

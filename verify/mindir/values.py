@@ -72,10 +72,14 @@ class Spec:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph. `data` may be held wider than `dtype`, what the graph declares: see Interpreter."""
+    """A tensor of the graph. `data` may be held wider than `dtype`, what the graph declares: see Interpreter.
+
+    `parameter` is the plain name of the parameter that this is, to an operator that writes in place.
+    """
 
     data: torch.Tensor
     dtype: torch.dtype
+    parameter: str | None = None
 
     @property
     def spec(self) -> Spec:
