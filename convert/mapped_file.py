@@ -48,7 +48,9 @@ class MappedFile:
         if self.nbytes:
             with open(path, "rb") as f:  # of its own, because the advice is not for the map
                 self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(os, "posix_fadvise"):  # reads are large and jump: what the system read ahead would be in vain
+        if hasattr(
+            os, "posix_fadvise"
+        ):  # reads are large and jump: what the system read ahead would be in vain
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def detach(self) -> None:

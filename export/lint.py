@@ -57,6 +57,7 @@ KERNELS = {
     "SplitWithSize": "aclnnSplitWithSize",
     "Stack": "aclnnStack",
     "StridedSlice": None,  # plain variants only
+    "Sub": "aclnnSub",
     "Swiglu": "aclnnSwiGlu",
     "TopkExt": "aclnnTopk",
     "Transpose": "aclnnPermute",

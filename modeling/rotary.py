@@ -15,11 +15,10 @@ class RotateHalf(nn.Cell):
 
     def construct(self, x, cos, sin):
         a, b = self.halves(x)
-        return x * cos + ops.concat((b, a), -1) * sin
+        return ops.concat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def rotary_tables(cos, sin, heads: int):
-    """[R, F] -> [R, heads, 2F], the same for every head: what is multiplied with x, and with x's swapped halves."""
-    shape = (cos.shape[0], heads, 2 * cos.shape[1])
-    cos = ops.broadcast_to(ops.concat((cos, cos), -1).expand_dims(1), shape)
-    return cos, ops.broadcast_to(ops.concat((-sin, sin), -1).expand_dims(1), shape)
+    """[R, F] -> [R, heads, F], the same for every head."""
+    shape = (cos.shape[0], heads, cos.shape[1])
+    return ops.broadcast_to(cos.expand_dims(1), shape), ops.broadcast_to(sin.expand_dims(1), shape)

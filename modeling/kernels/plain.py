@@ -368,7 +368,9 @@ class VisionAttention(nn.Cell):
         mask = ops.cast(ops.cast(padding, ms.float32) * MASKED, k.dtype)
         mask = ops.broadcast_to(ops.reshape(mask, (n, 1, 1)), (n, self.heads, 1))
         k = self._by_head(ops.concat((k, mask), -1))  # (heads, N, head_dim + 1)
-        q = self._by_head(ops.concat((scaled(q, self.scale), ops.ones_like(mask)), -1))
+        # 1 that depends on an input: where NumPy is newer than MindSpore's own, no constant can be cast to bf16.
+        ones = ops.broadcast_to(ops.cast(ops.greater(valid, 0), q.dtype), mask.shape)
+        q = self._by_head(ops.concat((scaled(q, self.scale), ones), -1))
         v = self._by_head(v)  # (heads, N, head_dim)
         y = attend(self.batch_matmul_t, self.softmax, self.batch_matmul, q, k, v)
         return self.merge_heads(y)
