@@ -121,13 +121,13 @@ def wide(data: torch.Tensor) -> torch.Tensor:
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor; read-only arrays must not be written through it."""
-    array = np.asarray(array)
+    """The same memory as a tensor, where it is contiguous; a read-only array must not be written through it."""
+    array = np.asarray(array, order="C")
     with warnings.catch_warnings():  # of memory maps that are read-only
         warnings.simplefilter("ignore", UserWarning)
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(np.ascontiguousarray(array) if array.ndim else array)
+        return torch.from_numpy(array)
 
 
 def to_numpy(data: torch.Tensor) -> np.ndarray:
