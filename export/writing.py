@@ -73,7 +73,7 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
     Raises:
         ExportError: `dst` cannot be used, the network and the weights do not belong together, or a graph for Ascend
             breaks a rule of ``lint``.
-        EnvironmentProblem, OSError: no room, a failing disk.
+        EnvironmentProblem, OSError: no room, a failing disk, a MindSpore that is too old for the target.
     """
     target = Path(dst).resolve()
     check_target(target)
@@ -96,9 +96,15 @@ def _write_graphs(
     plan: BundlePlan, directory: Path, progress: Progress | None
 ) -> tuple[dict[str, GraphRecord], int, dict[str, int]]:
     """Traces and writes every graph; their records, the version of the MindIR format, and their launches."""
+    import mindspore
+
     from . import lint, mindir
     from .trace import Tracer
 
+    if plan.target.kernels == "ascend" and tuple(map(int, mindspore.__version__.split(".")[:2])) < (2, 10):
+        raise EnvironmentProblem(
+            f"MindSpore {mindspore.__version__}: graphs for {plan.target.name} are made of operators of 2.10; install that"
+        )
     tracer = Tracer(plan.config, plan.target, plan.batch)
     unused = set(plan.weights.names())
     records, launches, version = {}, {}, 0

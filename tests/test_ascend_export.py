@@ -10,15 +10,17 @@ from collections import Counter
 from pathlib import Path
 
 import bundles
+import mindspore as ms
 import pytest
 import sparse
 from checkpoints import configuration, tensors, write_checkpoint
 from click.testing import CliRunner
 from golden import DATA
+from mindspore import nn
 from mindspore.train import mind_ir_pb2 as pb
 
 import kimi_vl
-from kimi_vl.convert import convert
+from kimi_vl.convert import EnvironmentProblem, convert
 from kimi_vl.export import BundleError, ExportError, MindIRModel, export, lint, mindir, plan_export
 from kimi_vl.export.bundle import Bundle
 from kimi_vl.export.cli import cli
@@ -26,6 +28,8 @@ from kimi_vl.export.plan import BundlePlan, open_converted
 from kimi_vl.export.trace import Tracer
 from kimi_vl.modeling.kernels import get_kernels
 from kimi_vl.modeling.modeling_kimi_vl import _has_data
+
+pytestmark = pytest.mark.skipif(not hasattr(ms, "DeviceCtx"), reason="Ascend graphs need MindSpore 2.10")
 
 SMALL = {"seq": (128,), "prefill_chunk": 32, "image_patches": (64,), "target": "ascend"}
 # Two layers, one dense and one with experts, and one block of the vision tower, all of the published dimensions.
@@ -149,6 +153,35 @@ def test_tracing_holds_no_weight_and_needs_no_ascend_library(plans):
     assert not any("ascend" in name or "acl" in name.split(".")[0].split("_") for name in loaded)
 
 
+@pytest.mark.parametrize("graph", ["prefill-32x128", "decode-128", "vision-64"])
+def test_mindspore_reads_the_graphs_back(written, graph):
+    record = Bundle.load(written["tiny8-bf16"]).graphs[graph]
+    cell = nn.GraphCell(ms.load(str(written["tiny8-bf16"] / record.file)))
+    held = {n: (tuple(p.shape), str(p.dtype).lower()) for n, p in cell.parameters_dict().items()}
+    assert held == mindir.parameters(mindir.read(written["tiny8-bf16"] / record.file))
+
+
+@pytest.mark.slow
+def test_the_whole_model_is_exported_in_little_memory(room, tmp_path):
+    raw = json.loads((DATA / "published/config.json").read_text())
+    sparse.converted(room / "whole", raw)
+    arguments = ("--seq", "256", "--image-patches", "1024", "--target", "ascend")
+    code = (
+        "from kimi_vl.export.cli import cli; cli(standalone_mode=False)\n"
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--src", room / "whole", "--dst", tmp_path / "mindir", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1_000_000  # kB; the weights are 33 GB
+    manifest = Bundle.load(tmp_path / "mindir")
+    assert sum(record.nbytes for record in manifest.weights.values()) > 32e9
+    assert sum(graph.nbytes for graph in manifest.graphs.values()) < 4e6
+
+
 def test_two_processes_write_the_same_bytes(written, tmp_path):
     arguments = ("--seq", "128", "--prefill-chunk", "32", "--image-patches", "64", "--target", "ascend")
     src = Path(written["nano"]).parent / "nano"
@@ -237,6 +270,14 @@ def test_a_head_dim_that_the_fused_operator_does_not_take_is_refused():
 def test_a_cpu_does_not_run_it(written):
     with pytest.raises(BundleError, match="is for ascend, .* export with --target cpu to run it here$"):
         MindIRModel.from_bundle(written["nano"])
+
+
+def test_an_old_mindspore_is_refused(plans, tmp_path, monkeypatch):
+    monkeypatch.setattr(ms, "__version__", "2.7.0")
+    with pytest.raises(
+        EnvironmentProblem, match="MindSpore 2.7.0: graphs for ascend are made of operators of 2.10"
+    ):
+        export(plans["nano"], tmp_path / "mindir")
 
 
 def test_the_command_shows_what_it_would_write(room, plans):
