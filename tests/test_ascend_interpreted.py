@@ -1,0 +1,73 @@
+"""A bundle for Ascend, executed node by node from the shipped bf16 graphs and weights, against Torch."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import bundles
+import numpy as np
+import pytest
+from golden import check_cache, check_case, inputs, load_case, rel_l2
+
+from kimi_vl.export import export, plan_export
+from kimi_vl.export.plan import open_converted
+from kimi_vl.verify.interpreted import InterpretedModel
+
+BF16 = "tiny8-bf16"
+CASES = ("text", "image", "images2", "bigimage", "long", "batch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+@functools.cache
+def _room() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def bundle(attention: str = "fused", experts: str = "fused", batch: int = 1) -> Path:
+    """With these variants of the kernels."""
+    path = Path(_room().name) / f"{attention}-{experts}-{batch}"
+    sizes = bundles.SIZES[BF16] | {"batch": batch}
+    weights = open_converted(bundles.converted(BF16))
+    export(plan_export(weights, **sizes, target="ascend", attention=attention, experts=experts), path)
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_apart_from_rounding_it_computes_what_torch_does(case):
+    """Logits, every layer and the pictures within 1e-5, routing and 32 cached greedy tokens identical."""
+    check_case(InterpretedModel.from_bundle(bundle()), load_case(BF16, case))
+
+
+@pytest.mark.parametrize(("attention", "experts"), [("plain", "fused"), ("fused", "plain")])
+def test_so_does_each_variant(attention, experts):
+    check_case(InterpretedModel.from_bundle(bundle(attention, experts)), load_case(BF16, "image"))
+
+
+def test_so_does_a_batch_whose_rows_share_a_cache_parameter():
+    model = InterpretedModel.from_bundle(bundle(batch=2))
+    check_case(model, load_case(BF16, "batch"))
+
+
+def test_its_cache_is_right_after_32_steps():
+    check_cache(InterpretedModel.from_bundle(bundle()), load_case(BF16, "text"))
+
+
+@pytest.mark.parametrize("case", ["text", "image"])
+def test_rounded_to_bf16_at_every_operator_it_is_as_far_from_fp32_as_torchs_bf16(case):
+    """Up to a factor of 4, which two right bf16 runs differ by where a choice of experts flips."""
+    golden = load_case(BF16, case)
+    model = InterpretedModel.from_bundle(bundle(), arithmetic="rounded")
+    distance = rel_l2(model(**inputs(golden)).logits.asnumpy(), golden["logits"])
+    assert 0 < distance**2 <= 4 * float(golden["bf16_nmse"])
+
+
+def test_a_wrong_weight_is_seen():
+    model = InterpretedModel.from_bundle(bundle())
+    array, changed = model.weights.array, "language_model.model.layers.1.mlp.experts.down_proj"
+    assert changed in model.weights
+    model.weights.array = lambda name: np.flip(array(name), 0) if name == changed else array(name)
+    golden = load_case(BF16, "text")
+    assert rel_l2(model(**inputs(golden)).logits.asnumpy(), golden["logits"]) > 1e-2
