@@ -118,7 +118,7 @@ class Engine:
 
         def padded(a: np.ndarray) -> np.ndarray:
             out = np.zeros((bucket, *a.shape[1:]), a.dtype)
-            out[: h * w] = a[order]
+            np.take(a, order, axis=0, out=out[: h * w], mode="clip")  # any other mode takes a copy
             return out
 
         flat = np.asarray(patches, np.float32).reshape(h * w, v.patch_dim)
