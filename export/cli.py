@@ -22,6 +22,7 @@ from .plan import (
     DECODE,
     DEFAULT_CONTEXT,
     DEFAULT_PREFILL_CHUNK,
+    DEFAULT_TARGET,
     TARGETS,
     VARIANTS,
     BundlePlan,
@@ -34,11 +35,11 @@ BAD_INPUT, ENVIRONMENT, INTERRUPTED = 2, 3, 130
 
 EPILOG = """\b
 Examples:
-  export-mindir --seq 4096 --target cpu
+  export-mindir --seq 4096                          (for Ascend, bf16)
   export-mindir --src ./ckpt --seq 512 --target cpu --dst ./mindir
-  export-mindir --seq 4096 --seq 32768 --prefill-chunk 512 --target cpu --dry-run
-  export-mindir --seq 2048 --image-patches 1024,4096 --batch 4 --target cpu
-  export-mindir --seq 4096 --target ascend
+  export-mindir --seq 4096 --seq 32768 --prefill-chunk 512 --dry-run
+  export-mindir --seq 2048 --image-patches 1024,4096 --batch 4
+  export-mindir --seq 4096 --dst /media/disk/mindir --copy
   export-mindir --seq 512 --taps --target cpu       (for verify-parity, layer by layer)
 
 \b
@@ -82,7 +83,8 @@ class Sizes(click.ParamType):
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
-    required=True,
+    default=DEFAULT_TARGET,
+    show_default=True,
     help="Who runs it. cpu: plain operators in fp32, any machine. ascend: fused operators in the weights' bf16 or fp16, "
     "for Atlas A2 and A3; it has run on no device yet.",
 )
@@ -100,7 +102,8 @@ class Sizes(click.ParamType):
     type=Sizes(),
     default=(),
     metavar="N,N,…",
-    help="Patches of the vision graphs.  [default: up to the processor's largest picture, as far as the context holds it]",
+    help="Patches of the vision graphs.  [default: up to the processor's largest picture, as far as the "
+    "context holds it and a question]",
 )
 @click.option(
     "--dtype",
@@ -119,6 +122,11 @@ class Sizes(click.ParamType):
 @click.option(
     "--taps", is_flag=True, help="Also graphs that give every layer's output and the experts chosen."
 )
+@click.option(
+    "--copy",
+    is_flag=True,
+    help="Copy the weights, so that the bundle shares no disk with the converted directory.  [default: hard links]",
+)
 @click.option("--dry-run", is_flag=True, help="Show graphs, shapes and files, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON on stdout, all else on stderr.")
 def cli(
@@ -133,6 +141,7 @@ def cli(
     attention: str | None,
     experts: str | None,
     taps: bool,
+    copy: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -155,13 +164,14 @@ def cli(
         "attention": attention or "default",
         "experts": experts or "default",
         "taps": "yes" if taps else "no",
+        "copy": "yes" if copy else "no",
     }
     for name, value in arguments.items():
         click.echo(f"{name:>14}: {value}", err=as_json)
     with _errors():
         weights = open_converted(src)
         plan = plan_export(
-            weights, seq, target, batch, prefill_chunk, image_patches, dtype, taps, attention, experts
+            weights, seq, target, batch, prefill_chunk, image_patches, dtype, taps, attention, experts, copy
         )
         replaced = check_target(dst)
         click.echo(str(plan), err=as_json)
@@ -195,7 +205,7 @@ def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
             bar.update(written)
 
         written = export(plan, dst, progress)
-    for name in written.copied:
+    for name in () if plan.copy else written.copied:
         click.echo(
             f"copied     {name}: {dst} is on another file system than {plan.weights.directory}", err=as_json
         )

@@ -17,9 +17,9 @@ from ..convert.planning import DTYPE_NAMES, size_text
 from ..convert.source import open_source
 from ..convert.transforms import DTYPES
 from ..convert.weights import Source
-from ..modeling.buckets import contexts, largest_image, patch_buckets
+from ..modeling.buckets import LONGEST_SHAPE, contexts, fitting_limit, largest_image, patch_buckets
 from ..modeling.configuration import ModelConfig
-from ..modeling.settings import in_token_limit
+from ..modeling.settings import PROCESSOR, in_token_limit, with_in_token_limit
 from ..modeling.shapes import (
     Ports,
     cache_of_batch,
@@ -33,6 +33,7 @@ from .errors import ExportError
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
+DEFAULT_TARGET = "ascend"
 
 TAPS = "-taps"  # ends the name of a graph with more outputs than the one without
 VISION, PREFILL, PREFILL_LOGITS, DECODE = "vision", "prefill", "prefill-logits", "decode"
@@ -110,7 +111,13 @@ class GraphPlan:
 
 @dataclass(frozen=True)
 class BundlePlan:
-    """See the module. `notes` are what the user should know about the sizes that were chosen."""
+    """See the module.
+
+    Attributes:
+        picture_limit: `in_token_limit` of the bundle's processor, where it has to be lower than the checkpoint's.
+        copy: shards are copied, not linked.
+        notes: what the user should know about the sizes that were chosen.
+    """
 
     weights: ConvertedWeights
     target: Target
@@ -122,6 +129,8 @@ class BundlePlan:
     taps: bool
     graphs: tuple[GraphPlan, ...]
     notes: tuple[str, ...]
+    picture_limit: int | None = None
+    copy: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -136,6 +145,13 @@ class BundlePlan:
     def copied(self) -> tuple[str, ...]:
         """Configuration, tokenizer and processor files."""
         return tuple(self.weights.manifest.files)
+
+    @property
+    def adjusted(self) -> dict[str, bytes]:
+        """Those of them that are not as they are in the converted directory, with what they hold."""
+        if self.picture_limit is None or PROCESSOR not in self.copied:
+            return {}
+        return {PROCESSOR: with_in_token_limit(self.weights.directory, self.picture_limit)}
 
     @property
     def widened(self) -> bool:
@@ -182,6 +198,7 @@ class BundlePlan:
             "contexts": self.contexts,
             "prefill_chunk": self.prefill_chunk,
             "patches": self.patches,
+            "picture_limit": self.picture_limit,
             "taps": self.taps,
             "graphs": {
                 g.name: {
@@ -191,6 +208,7 @@ class BundlePlan:
                 for g in self.graphs
             },
             "shards": self.shards,
+            "copy": self.copy,
             "copied": self.copied,
             "weight_bytes": self.weight_bytes,
             "cache_bytes": self.cache_bytes,
@@ -200,7 +218,10 @@ class BundlePlan:
     def __str__(self) -> str:
         lines = [_line("graphs", f"{len(self.graphs)}, batch {self.batch}, computing in {self.target.dtype}")]
         lines += [_line("", f"{g.name:24} {_ports(g.inputs)} -> {_ports(g.outputs)}") for g in self.graphs]
-        lines += [_line("link", f"{name}  {size_text(n)}") for name, n in self.shards.items()]
+        lines += [
+            _line("copy" if self.copy else "link", f"{name}  {size_text(n)}")
+            for name, n in self.shards.items()
+        ]
         lines.append(_line("copy", ", ".join(self.copied)))
         held = "widened from " + self.weights.dtype if self.widened else "mapped as they are stored"
         lines.append(
@@ -244,7 +265,7 @@ def open_converted(src: str | Path) -> ConvertedWeights:
 def plan_export(
     weights: ConvertedWeights,
     seq: Sequence[int] = (),
-    target: str = "cpu",
+    target: str = DEFAULT_TARGET,
     batch: int = 1,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     image_patches: Sequence[int] = (),
@@ -252,6 +273,7 @@ def plan_export(
     taps: bool = False,
     attention: str | None = None,
     experts: str | None = None,
+    copy: bool = False,
 ) -> BundlePlan:
     """The graphs of a bundle.
 
@@ -266,9 +288,11 @@ def plan_export(
         batch: rows of every text graph.
         prefill_chunk: tokens per row of a prefill graph; a longer prompt runs in several.
         image_patches: patches of the vision graphs. Default: up to the processor's largest picture, as far as the
-            context holds it.
+            context holds it and a question. Where the graphs take less than the processor gives, the bundle's processor
+            gets the limit that fits.
         dtype: "bf16", "fp16" or "fp32"; what the weights are stored in, or fp32 for weights that are widened anyway.
         attention, experts: "fused" or "plain" operators, for a target that has both. Default: fused.
+        copy: the bundle gets copies of the shards, where it would have links.
 
     Raises:
         ExportError: sizes that the model or each other do not allow.
@@ -287,7 +311,7 @@ def plan_export(
         )
     sizes = tuple(sorted({*contexts(max(asked)), *asked}))
     chunk = min(prefill_chunk, sizes[-1])
-    patches, notes = _patches(weights, sizes[-1], image_patches)
+    patches, limit, notes = _patches(weights, sizes[-1], image_patches)
     to = _target(weights, TARGETS[target], attention, experts)
     named = _dtype(weights, to, dtype)
     shared = (config, to, batch)
@@ -309,6 +333,8 @@ def plan_export(
         taps=taps,
         graphs=tuple(graphs),
         notes=tuple(notes),
+        picture_limit=limit,
+        copy=copy,
     )
 
 
@@ -343,25 +369,59 @@ def _dtype(weights: ConvertedWeights, target: Target, asked: str | None) -> str:
     return name
 
 
+def question_room(context: int) -> int:
+    """Tokens of a context that no picture may take, so that a question fits beside it, and an answer.
+
+    The chat format around a picture and a question takes about 30 tokens, a question of a few sentences 30 more; an eighth
+    of the context leaves the answer its share in the larger ones. The smallest contexts are halved.
+    """
+    return min(max(64, context // 8), context // 2)
+
+
 def _patches(
     weights: ConvertedWeights, context: int, asked: Sequence[int]
-) -> tuple[tuple[int, ...], list[str]]:
+) -> tuple[tuple[int, ...], int | None, list[str]]:
+    """Patches of the vision graphs, the processor's limit if it must be lowered, and notes."""
     merge = math.prod(weights.config.vision.merge_kernel_size)
-    wanted = largest_image(in_token_limit(weights.directory))
+    limit = in_token_limit(weights.directory)
+    wanted = largest_image(limit)
+    held = max(1, context - question_room(context)) * merge
     if asked:
         for n in asked:
             if n < merge or n % merge:
                 raise ExportError(f"--image-patches: {n}, expected a positive multiple of {merge}")
         sizes = tuple(sorted(set(asked)))
     else:
-        sizes = tuple(patch_buckets(min(wanted, context * merge)))
-    notes = []
-    if sizes[-1] < wanted:
-        notes.append(
-            f"pictures of more than {sizes[-1]} patches ({sizes[-1] // merge} tokens) are refused; "
-            f"the processor gives up to {wanted} ({wanted // merge} tokens)"
+        sizes = tuple(patch_buckets(min(wanted, held)))
+    most = min(sizes[-1], held)
+    if most >= wanted:
+        return sizes, None, []
+    why = (
+        f"a context of {context} tokens has room for a picture of {most // merge} tokens and a question"
+        if most == held
+        else f"the largest vision graph takes {most} patches ({most // merge} tokens)"
+    )
+    fits = fitting_limit(most)
+    if fits >= limit:
+        return (
+            sizes,
+            None,
+            [
+                f"{why}; pictures more than {LONGEST_SHAPE} times as long as wide may have up to {wanted} patches and "
+                "are then refused"
+            ],
         )
-    return sizes, notes
+    if PROCESSOR not in weights.manifest.files:
+        then = f"there is no {PROCESSOR} to lower it in, so larger pictures are refused"
+    else:
+        then = f"the bundle's processor scales pictures to {fits} (in_token_limit), so that they fit"
+    return (
+        sizes,
+        fits,
+        [
+            f"{why}, but the checkpoint's processor gives up to {limit} patches ({limit // merge} tokens); {then}"
+        ],
+    )
 
 
 def _vision(config: ModelConfig, target: Target, patches: int, taps: bool) -> GraphPlan:

@@ -13,7 +13,8 @@ from typing import Any
 
 from .. import __version__
 from ..convert.errors import EnvironmentProblem
-from ..convert.manifest import content_hash
+from ..convert.manifest import FileRecord, content_hash
+from ..convert.planning import size_text
 from ..modeling.shapes import Ports
 from .bundle import MANIFEST, Bundle, GraphRecord, Port, WeightRecord
 from .errors import BundleError, ExportError
@@ -54,7 +55,7 @@ class Written:
     """What :func:`export` did.
 
     Attributes:
-        copied: shards that could not be linked.
+        copied: shards that are no links.
         nbytes: what the bundle added to the disk.
         launches: by graph, how many operators start something on the device.
     """
@@ -68,7 +69,8 @@ class Written:
 def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) -> Written:
     """Writes the bundle that `plan` describes as directory `dst`, which must be new, empty, or an older bundle.
 
-    Weights are not read: shards are hard links to those of the converted directory, or copies on another file system.
+    Weights are not read: shards are hard links to those of the converted directory, or copies if the plan says so and on
+    another file system.
 
     Raises:
         ExportError: `dst` cannot be used, the network and the weights do not belong together, or a graph for Ascend
@@ -79,11 +81,17 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
     check_target(target)
     source = plan.weights
     source.verify_files()
+    if plan.copy:
+        _check_room(target, sum(plan.shards.values()))
     with _appearing(target) as directory:
         graphs, mind_ir, launches = _write_graphs(plan, directory, progress)
-        copied = tuple(name for name in plan.shards if _link(source.directory / name, directory / name))
+        place = _copy if plan.copy else _link
+        copied = tuple(name for name in plan.shards if place(source.directory / name, directory / name))
         for name in plan.copied:
-            shutil.copyfile(source.directory / name, directory / name)
+            if name in plan.adjusted:
+                (directory / name).write_bytes(plan.adjusted[name])
+            else:
+                shutil.copyfile(source.directory / name, directory / name)
         bundle = _manifest(plan, graphs, mind_ir)
         (directory / MANIFEST).write_text(bundle.to_json(), encoding="utf-8")
         added = sum(
@@ -196,7 +204,8 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], mind_ir: int) ->
             for name in source.names()
         },
         shards=dict(source.manifest.shards),
-        files=dict(source.manifest.files),
+        files=dict(source.manifest.files)
+        | {name: FileRecord(len(new), content_hash(new)) for name, new in plan.adjusted.items()},
         attention=plan.target.attention,
         experts=plan.target.experts,
     )
@@ -221,9 +230,25 @@ def _link(source: Path, target: Path) -> bool:
                 f"{source}: cannot be linked from {target.parent.parent}, and to copy it {size / 1e9:.2f} GB are needed "
                 f"there but {free / 1e9:.2f} GB are free; choose a --dst on the file system of --src"
             ) from None
-        shutil.copyfile(source, target)
-        return True
+        return _copy(source, target)
     return False
+
+
+def _copy(source: Path, target: Path) -> bool:
+    """A copy; True, as :func:`_link` says of one."""
+    shutil.copyfile(source.resolve(), target)
+    return True
+
+
+def _check_room(target: Path, nbytes: int) -> None:
+    """Raises EnvironmentProblem: the disk that `target` will be on has not so many bytes free."""
+    there = next(p for p in (target, *target.parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if nbytes > free:
+        raise EnvironmentProblem(
+            f"{target}: to copy the weights {size_text(nbytes)} are needed there but {size_text(free)} are free; "
+            "leave --copy out to link them, or choose another --dst"
+        )
 
 
 @contextmanager

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 SMALLEST_CONTEXT = 256
 SMALLEST_PATCHES = 64
+LONGEST_SIDE = 510  # patches; the processor refuses longer sides
+PATCH, CELL = 14, 28  # pixels of a side of a patch, and of what a picture is padded to multiples of
+LONGEST_SHAPE = 8  # to 1: longer pictures are not what a limit is chosen for
 
 
 class TooLongError(ValueError):
@@ -31,11 +35,45 @@ def largest_image(in_token_limit: int) -> int:
     known = {4096: 5376, 16384: 18432}
     if in_token_limit in known:
         return known[in_token_limit]
-    side = 510  # patches; the processor refuses longer sides
     worst = max(
-        (w + w % 2) * (h + h % 2) for w in range(1, side + 1) if (h := min(side, max(1, in_token_limit // w)))
+        (w + w % 2) * (h + h % 2)
+        for w in range(1, LONGEST_SIDE + 1)
+        if (h := min(LONGEST_SIDE, max(1, in_token_limit // w)))
     )
     return -(-worst // SMALLEST_PATCHES) * SMALLEST_PATCHES
+
+
+def fitting_limit(patches: int) -> int:
+    """The largest `in_token_limit` with which a processor gives at most so many patches (1 at least).
+
+    For pictures up to `LONGEST_SHAPE` times as long as wide: to hold for any strip, it would have to be a third lower.
+    """
+    low, high = 1, max(patches, 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _padded(middle) <= patches:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _padded(limit: int) -> int:
+    """A bound, within 3 % of what occurs, of the patches that a processor with this limit gives.
+
+    The limit counts whole patches before a picture is scaled; what is left of a patch at the border is scaled too, and
+    then each side is padded. A width of W = 14 a + 13 pixels and a height of 14 b + 13 are scaled by s = sqrt(limit / a b).
+    If the width shall come out as k cells, W s must be at least m = 28 (k - 1) + 1, so a >= 2 k - 2, and the height comes
+    out as at most (14 limit / m) (14 + 13 / a) + 13 m / (14 a + 13) pixels.
+    """
+    most = 0
+    for k in range(1, LONGEST_SIDE // 2 + 1):
+        a, m = max(1, 2 * k - 2), CELL * (k - 1) + 1
+        height = PATCH * limit / m * (PATCH + 13 / a) + 13 * m / (PATCH * a + 13)
+        cells = min(LONGEST_SHAPE * k, math.ceil(height / CELL), LONGEST_SIDE // 2)
+        if cells >= k:  # the other shapes are these, turned
+            most = max(most, 4 * k * cells)
+    return most
 
 
 def patch_buckets(largest: int) -> list[int]:

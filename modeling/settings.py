@@ -9,6 +9,7 @@ from typing import Any
 from .configuration import ConfigError, ModelConfig
 
 DEFAULT_IN_TOKEN_LIMIT = 4096
+PROCESSOR = "preprocessor_config.json"
 # Ends a turn in the chat format, and must end generation too, though the published file names only eos.
 END_OF_TURN = "<|im_end|>"
 
@@ -26,7 +27,13 @@ def _read(directory: Path, name: str) -> dict[str, Any]:
 
 def in_token_limit(directory: Path) -> int:
     """Patches above which the image processor scales a picture down."""
-    return int(_read(directory, "preprocessor_config.json").get("in_token_limit") or DEFAULT_IN_TOKEN_LIMIT)
+    return int(_read(directory, PROCESSOR).get("in_token_limit") or DEFAULT_IN_TOKEN_LIMIT)
+
+
+def with_in_token_limit(directory: Path, limit: int) -> bytes:
+    """A directory's ``preprocessor_config.json`` with another limit."""
+    values = _read(directory, PROCESSOR) | {"in_token_limit": limit}
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def generation_settings(directory: Path, config: ModelConfig) -> Any:

@@ -40,7 +40,7 @@ def converted(checkpoint: str) -> Path:
 def bundle(checkpoint: str) -> Path:
     """The bundle of a golden checkpoint, in `SIZES`; not to be changed."""
     path = Path(_room().name) / f"mindir-{checkpoint}"
-    export(plan_export(open_converted(converted(checkpoint)), **SIZES[checkpoint]), path)
+    export(plan_export(open_converted(converted(checkpoint)), target="cpu", **SIZES[checkpoint]), path)
     return path
 
 

@@ -33,9 +33,8 @@ def loaded(checkpoint: str) -> MindIRModel:
 
 
 def plan(checkpoint: str, **changes):
-    return plan_export(
-        open_converted(bundles.converted(checkpoint)), **{**bundles.SIZES[checkpoint], **changes}
-    )
+    sizes = {"target": "cpu", **bundles.SIZES[checkpoint], **changes}
+    return plan_export(open_converted(bundles.converted(checkpoint)), **sizes)
 
 
 def small_plan(checkpoint: str):
@@ -77,9 +76,9 @@ def test_taps_double_what_forward_uses():
 
 def test_pictures_that_no_context_holds_have_no_graph_and_that_is_said():
     made = plan(BF16, seq=(300,), image_patches=())
-    assert made.patches == (64, 128, 256, 512, 1024, 1200)  # 300 tokens
-    assert "more than 1200 patches" in made.notes[0]
-    assert not plan(BF16, seq=(512,), image_patches=(6000,)).notes
+    assert made.patches == (64, 128, 256, 512, 944)  # 236 tokens, and 64 for a question
+    assert "room for a picture of 236 tokens" in made.notes[0]
+    assert "room for a picture of 448 tokens" in plan(BF16, seq=(512,), image_patches=(6000,)).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +158,34 @@ def test_shards_are_copied_across_file_systems(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(EnvironmentProblem, match="cannot be linked"):
         writing._link(bundles.converted(BF16) / shard, tmp_path / "again")
+
+
+def test_a_copy_survives_the_converted_directory_and_any_bundle_may_move(tmp_path):
+    ckpt = Path(shutil.copytree(bundles.converted(FP32), tmp_path / "ckpt"))
+    made = plan_export(open_converted(ckpt), target="cpu", **bundles.SIZES[FP32], copy=True)
+    written = export(made, tmp_path / "mindir")
+    assert written.copied == tuple(made.shards) and written.nbytes > sum(made.shards.values())
+    assert not any((tmp_path / "mindir" / name).samefile(ckpt / name) for name in made.shards)
+    for name in made.shards:
+        (ckpt / name).write_bytes(b"")  # a link would be emptied with it
+    shutil.rmtree(ckpt)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "mindir").rename(tmp_path / "elsewhere/renamed")
+    assert sorted(p.name for p in moved.iterdir()) == sorted(p.name for p in bundles.bundle(FP32).iterdir())
+    model, case = MindIRModel.from_bundle(moved, verify=True), load_case(FP32, "text")
+    new = model.generate(**inputs(case), max_new_tokens=4, eos_token_id=None).asnumpy()
+    assert np.array_equal(new[:, -4:], case["greedy_tokens"][:, :4])
+
+
+def test_a_copy_that_has_no_room_is_refused_before_anything_is_traced(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(writing, "_write_graphs", lambda *_: pytest.fail("traced"))
+    with pytest.raises(
+        EnvironmentProblem, match="to copy the weights .* are needed there but 1.00 kB are free"
+    ):
+        export(plan(FP32, copy=True), tmp_path / "new/mindir")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_that_is_no_bundle_is_left_alone(tmp_path):

@@ -82,7 +82,7 @@ def test_a_dry_run_shows_graphs_files_and_memory(tmp_path):
         "model-00001-of-00001.safetensors",
         "config.json",
         "of weights (mapped as they are stored)",
-        "pictures of more than 64 patches (16 tokens) are refused",
+        "the largest vision graph takes 64 patches (16 tokens)",
     ):
         assert text in out
     status, out, err = run("--src", bundles.converted("tiny8-bf16"), *ARGUMENTS, "--dry-run", "--json")
@@ -97,6 +97,13 @@ def test_the_default_context_is_4096_or_what_the_model_has():
     positions = ModelConfig.from_file(DATA / FP32).text.max_position_embeddings
     _, out, _ = run("--src", bundles.converted(FP32), "--target", "cpu", "--dry-run", "--json")
     assert json.loads(out)["contexts"][-1] == min(4096, positions)
+
+
+def test_the_default_target_is_ascend_and_takes_no_fp32():
+    status, out, _ = run("--src", bundles.converted("tiny8-bf16"), "--seq", "256", "--dry-run")
+    assert status == 0 and "target: ascend" in out and "computing in bfloat16" in out
+    status, _, err = run("--src", bundles.converted(FP32), "--seq", "256", "--dry-run")
+    assert status == 2 and "holds float32, but target ascend computes in bf16 or fp16" in err
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,13 @@ def network(room):
 
 def bundle(room):
     convert("nano", room / "ckpt")
-    sizes = {"seq": CONTEXTS[-1:], "prefill_chunk": CHUNK, "image_patches": (64,), "batch": len(ROWS)}
+    sizes = {
+        "target": "cpu",
+        "seq": CONTEXTS[-1:],
+        "prefill_chunk": CHUNK,
+        "image_patches": (64,),
+        "batch": len(ROWS),
+    }
     export(plan_export(open_converted(room / "ckpt"), **sizes), room / "mindir")
     return MindIRModel.from_bundle(room / "mindir", verify=True)
 

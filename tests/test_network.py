@@ -10,7 +10,7 @@ import pytest
 from golden import CASES, CHECKPOINTS, DATA, check_cache, check_case, inputs, load_case, rel_l2
 
 from kimi_vl import KimiVLConfig, KimiVLForConditionalGeneration
-from kimi_vl.modeling.buckets import TooLongError, largest_image, patch_buckets
+from kimi_vl.modeling.buckets import TooLongError
 from kimi_vl.modeling.configuration import ConfigError
 from kimi_vl.modeling.forward import InputError
 
@@ -317,12 +317,3 @@ def test_placeholders_and_images_must_match(model):
             model(**{**inputs(case), "pixel_values": pixels})
     with pytest.raises(InputError, match="image_grid_hws: missing"):
         model(**{**inputs(case), "image_grid_hws": None})
-
-
-def test_patch_buckets_cover_what_the_processor_can_give():
-    assert largest_image(4096) == 5376
-    assert largest_image(16384) == 18432
-    for top in (5376, 18432, 128):
-        sizes = patch_buckets(top)
-        assert sizes[-1] == top
-        assert all(b <= (2 if a < 1024 else 1.5) * a for a, b in zip(sizes, sizes[1:]))
