@@ -290,6 +290,34 @@ class InferLengths(Infer):
         return self.attention(q, (k,), (v,), None, None, lengths, kv_lengths)[0]
 
 
+class MaskedLengths(Infer):
+    def construct(self, q, k, v, mask, lengths, kv_lengths):
+        return self.attention(q, (k,), (v,), None, mask, lengths, kv_lengths)[0]
+
+
+class Padded(Infer):
+    """Left padding; the mask is left out in sparse_mode 0 unless it is `masked`."""
+
+    def __init__(self, layout, sparse_mode=0, masked=False):
+        super().__init__(layout, sparse_mode=sparse_mode)
+        self.masked = masked or sparse_mode > 0
+
+    def construct(self, q, k, v, mask, lengths, kv_lengths, query_padding, kv_padding):
+        mask = mask if self.masked else None
+        return self.attention(
+            q, (k,), (v,), None, mask, lengths, kv_lengths,
+            None, None, None, None, None, None, None, None, query_padding, kv_padding,
+        )[0]  # fmt: skip
+
+
+class PaddedAlone(Infer):
+    def construct(self, q, k, v, padding):
+        return self.attention(
+            q, (k,), (v,), None, None, None, None,
+            None, None, None, None, None, None, None, None, padding, padding,
+        )[0]  # fmt: skip
+
+
 class Prompt(nn.Cell):
     def __init__(self, layout, heads=4, kv_heads=2):
         super().__init__()
@@ -373,6 +401,80 @@ def test_one_query_reads_as_many_keys_as_there_are(shape):
     short = np.arange(10)[None, None, None] < lengths[:, None, None, None]
     (got,) = interpret(InferLengths("BNSD"), q, K, V, lengths * 0, lengths)  # the query's length is ignored
     close(got, sdpa(q, K, V, short), 1e-5)
+
+
+TRIANGLE = np.triu(np.ones((2048, 2048), bool), 1)
+
+
+def visible(mode, before, after, queries, keys):
+    """Keys [S1, S2] that each query sees, place by place, for rows that hold something at `queries` and `keys`."""
+    keep = np.zeros((6, 10), bool)
+    for i, place in enumerate(queries):
+        own = i if mode == 2 else i + len(keys) - len(queries)
+        for j, key in enumerate(keys):
+            keep[place, key] = own - before <= j <= own + after if mode == 4 else j <= own
+    return keep
+
+
+@pytest.mark.parametrize("mode", [2, 3, 4])
+@pytest.mark.parametrize(("before", "after"), [(ALL, 0), (2, 1), (0, 3)])
+def test_a_sparse_mode_hides_by_position(mode, before, after):
+    cell = Infer("BNSD", sparse_mode=mode)
+    cell.attention = G.FusedInferAttentionScore(4, 0.3, before, after, "BNSD", 2, mode, 0)
+    (got,) = interpret(cell, Q, K, V, TRIANGLE)
+    keep = np.stack([visible(mode, before, after, range(6), range(10))] * 2)[:, None]
+    close(got, sdpa(Q, K, V, keep), 1e-5)
+
+
+def test_a_causal_triangle_hangs_at_the_end_of_the_actual_lengths():
+    lengths, kv_lengths = np.array([4, 6]), np.array([7, 10])
+    (got,) = interpret(MaskedLengths("BNSD", sparse_mode=3), Q, K, V, TRIANGLE, lengths, kv_lengths)
+    keep = np.stack([visible(3, 0, 0, range(n), range(m)) for n, m in zip(lengths, kv_lengths)])[:, None]
+    close(got[0, :, :4], sdpa(Q, K, V, keep)[0, :, :4], 1e-5)
+    close(got[1], sdpa(Q, K, V, keep)[1], 1e-5)
+    assert np.isnan(got[0, :, 4:]).all()
+
+
+def test_more_queries_than_keys_leave_the_first_queries_0_in_a_causal_triangle():
+    (got,) = interpret(MaskedLengths("BNSD", sparse_mode=3), Q, K, V, TRIANGLE, np.array([6]), np.array([4]))
+    assert (got[:, :, :2] == 0).all()
+    keep = visible(3, 0, 0, range(6), range(4))[None, None]
+    close(got[:, :, 2:], sdpa(Q, K, V, keep)[:, :, 2:], 1e-5)
+
+
+@pytest.mark.parametrize(("query_padding", "kv_padding"), [(0, 0), (1, 2), (-3, 0)])
+@pytest.mark.parametrize("mode", [0, 2, 3])
+def test_left_padded_rows_end_before_the_padding(query_padding, kv_padding, mode):
+    lengths, kv_lengths = np.array([4, 5]), np.array([7, 8])
+    ends = 6 - max(0, query_padding), 10 - kv_padding
+    places = [(range(ends[0] - n, ends[0]), range(ends[1] - m, ends[1])) for n, m in zip(lengths, kv_lengths)]
+    k, v = K.copy(), V.copy()
+    for row, (_, keys) in enumerate(places):  # what is not read may be anything
+        unread = np.setdiff1d(np.arange(10), keys)
+        k[row][:, unread], v[row][:, unread] = np.nan, np.nan
+    arrays = (Q, k, v, TRIANGLE, lengths, kv_lengths, np.array([query_padding]), np.array([kv_padding]))
+    (got,) = interpret(Padded("BNSD", sparse_mode=mode), *arrays)
+    for row, (queries, keys) in enumerate(places):
+        keep = np.zeros((6, 10), bool)
+        keep[np.ix_(queries, keys)] = True
+        keep &= visible(mode, 0, 0, queries, keys) if mode else True
+        want = sdpa(Q[row : row + 1], K[row : row + 1], V[row : row + 1], keep[None, None])[0]
+        close(got[row][:, queries], want[:, queries], 1e-5)
+        assert np.isnan(np.delete(got[row], queries, 1)).all()
+
+
+def test_a_whole_mask_is_taken_by_places_in_memory_also_of_left_padded_rows():
+    keep = KEEP.copy()
+    keep[:, :, :, 9] = True
+    arrays = (Q, K, V, ~keep, np.array([4]), np.array([7]), np.array([0]), np.array([0]))
+    (got,) = interpret(Padded("BNSD", masked=True), *arrays)
+    close(got[:, :, 2:], sdpa(Q[:, :, 2:], K[:, :, 3:], V[:, :, 3:], keep[:, :, 2:, 3:]), 1e-5)
+
+
+def test_padding_without_lengths_is_none():
+    arrays = (Q, K, V, np.array([2]))
+    (got,) = interpret(PaddedAlone("BNSD"), *arrays)
+    close(got, sdpa(Q, K, V), 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "BSH"])
@@ -563,6 +665,12 @@ REFUSED = {
         Infer("BNSD", 1, 1), tuple(normal(1, 1, 4, 32, dtype=np.float32) for _ in range(3)), "takes float32, expected bfloat16",
     ),
     "a window beside a mask": (Infer("BNSD", window=3), (Q, K, V, ~KEEP), "a window of 3 and 3 tokens beside its mask"),
+    "a triangle that is none": (Infer("BNSD", sparse_mode=3), (Q, K, V, ~TRIANGLE), "not 1 above its diagonal"),
+    "a sparse_mode without its triangle": (Infer("BNSD", sparse_mode=2), (Q, K, V, ~KEEP), r"mask \[2, 1, 6, 10\], expected \[2048, 2048\]"),
+    "a sparse_mode that is not documented": (Infer("BNSD", sparse_mode=5), (Q, K, V, ~KEEP), "sparse_mode 5, expected 0 to 4"),
+    "more padding than places": (
+        Padded("BNSD"), (Q, K, V, TRIANGLE, np.array([6]), np.array([7]), np.array([1]), np.array([0])), "1 padded places",
+    ),
     "group_list in int32": (GroupedV4(1), (GROUPED_X, GROUPED_W, np.array([1, 2, 1, 2], np.int32)), "group_list that is not int64"),
     "more rows in the groups than there are": (GroupedV4(1), (GROUPED_X, GROUPED_W, np.array([1, 2, 1, 3])), "group 4 to 7 of 6 rows"),
     "a list that falls": (GroupedV4(0), (GROUPED_X, GROUPED_W, np.array([3, 1, 4, 6])), "group 3 to 1"),

@@ -14,7 +14,7 @@ from kimi_vl.export import MindIRModel, mindir
 from kimi_vl.modeling.cache import RowCache
 from kimi_vl.modeling.parameters import empty_parameter
 from kimi_vl.verify.interpreted import InterpretedGraph, InterpretedModel
-from kimi_vl.verify.mindir import Interpreter, InterpreterError, load_graph, read_graph
+from kimi_vl.verify.mindir import Graph, Interpreter, InterpreterError, load_graph, read_graph
 
 BF16, FP32 = "tiny8-bf16", "tiny8-fp32"
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -129,6 +129,30 @@ class Add(nn.Cell):
 def test_an_operator_without_a_rule_is_named_with_its_node_and_inputs():
     with pytest.raises(InterpreterError, match=r"no rule for Acosh \(graph:0\) of float32 \[3\]"):
         interpreter(Apply(ms.ops.Acosh()), X)
+
+
+def exported(cell: nn.Cell, x: np.ndarray, path) -> Graph:
+    """The graph of a file that MindSpore's own export wrote."""
+    ms.export(cell, ms.Tensor(x), file_name=str(path), file_format="MINDIR")
+    return load_graph(path.with_suffix(".mindir"))
+
+
+def test_a_file_that_is_not_ours_runs(tmp_path):
+    net = nn.SequentialCell(nn.Dense(4, 8), nn.LayerNorm([8]), nn.GELU(), nn.Dense(8, 3, has_bias=False))
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    parameters = {name: p.asnumpy() for name, p in net.parameters_dict().items()}
+    (got,) = run(Interpreter(exported(net, x, tmp_path / "net"), parameters), x)
+    np.testing.assert_allclose(got, net(ms.Tensor(x)).asnumpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_of_a_file_that_is_not_ours_an_operator_without_a_rule_is_named(tmp_path):
+    net = nn.SequentialCell(nn.Conv2d(3, 2, 3), nn.ReLU())
+    graph = exported(net, np.zeros((1, 3, 6, 6), np.float32), tmp_path / "net")
+    parameters = {name: p.asnumpy() for name, p in net.parameters_dict().items()}
+    with pytest.raises(
+        InterpreterError, match=r"no rule for Conv2D .* float32 \[1, 3, 6, 6\], float32 \[2, 3, 3, 3\]"
+    ):
+        Interpreter(graph, parameters)
 
 
 def test_a_parameter_that_was_not_given_or_is_another_is_an_error():

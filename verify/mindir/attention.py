@@ -1,7 +1,7 @@
 """The fused attention operators: Softmax(scale * Q K^T, mask) V, in the layouts and with the limits of each.
 
-What no docstring defines is NaN, so that its use shows: rows of the query past the actual length, and rows whose keys
-are all masked where the operator does not correct them.
+What no docstring defines is NaN, so that its use shows: queries outside the actual lengths, and those whose keys are all
+masked where the operator does not correct them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import masks
 from .errors import require
 from .rules import common, rule
-from .values import LOW, Value, name
+from .values import LOW, Value
 
 _LAYOUTS = {0: "BSH", 1: "BNSD", 2: "SBH", 3: "BSND", 8: "BNSD_BSND"}  # what the front end makes of the words
-_WHOLE = 2147483647  # tokens before and after that are attended: all of them
-_MASKS = (torch.bool, torch.int8, torch.uint8)
 _LARGEST_DIM = 512
+_PADDING = 8  # FusedInferAttentionScore: the place of query_padding_size among what follows the lengths
 
 
 class _Layout:
@@ -57,58 +57,32 @@ class _Layout:
         return x.transpose(0, 1) if self.name == "SBH" else x
 
 
-def _lengths(given: Any, batch: int, limit: int, what: str) -> list[int]:
-    """One number for each row, or one for all; None: everything."""
-    if given is None:
-        return [limit] * batch
-    if isinstance(given, Tensor):
-        require(given.dtype == torch.int64, f"has {what} in {name(given.dtype)}, expected int64")
-        given = given.reshape(-1).tolist()
-    numbers = list(given)
-    require(len(numbers) in (1, batch), f"has {len(numbers)} {what} for a batch of {batch}")
-    require(all(0 <= n <= limit for n in numbers), f"has {what} {numbers}, expected 0 to {limit}")
-    return numbers * batch if len(numbers) == 1 else numbers
-
-
-def _mask(mask: Tensor | None, shapes: Sequence[tuple[int, ...]], target: tuple[int, ...]) -> Tensor | None:
-    """True = discard, as [B or 1, N or 1, S1, S2]."""
-    if mask is None:
-        return None
-    require(mask.dtype in _MASKS, f"has a mask in {name(mask.dtype)}, expected bool, int8 or uint8")
-    require(
-        tuple(mask.shape) in shapes,
-        f"has the mask {list(mask.shape)}, expected one of {list(map(list, shapes))}",
-    )
-    while mask.ndim < 4:  # [S1, S2] or [B, S1, S2]
-        mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
-    return mask.bool().expand(target[0], -1, target[2], target[3])
-
-
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
     mask: Tensor | None,
-    query_lengths: list[int],
-    key_lengths: list[int],
+    queries: Sequence[range],
+    keys: Sequence[range],
     corrected: bool,
 ) -> Tensor:
-    """[B, N, S1, D], [B, Nkv, S2, D], [B, Nkv, S2, Dv] -> [B, N, S1, Dv]; keys past the actual length are never read."""
+    """[B, N, S1, D], [B, Nkv, S2, D], [B, Nkv, S2, Dv] -> [B, N, S1, Dv]; keys outside a row's span are never read."""
     shared = q.shape[1] // k.shape[1]
     out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
-    for b, (queries, keys) in enumerate(zip(query_lengths, key_lengths)):
-        if queries == 0:
+    for b, (ours, theirs) in enumerate(zip(queries, keys)):
+        if not ours:
             continue
-        discard = None if mask is None else mask[b, :, :queries, :keys].expand(q.shape[1], -1, -1)
+        rows, columns = slice(ours.start, ours.stop), slice(theirs.start, theirs.stop)
+        discard = None if mask is None else mask[b, :, rows, columns].expand(q.shape[1], -1, -1)
         for h in range(q.shape[1]):
-            score = q[b, h, :queries] @ k[b, h // shared, :keys].T * scale
+            score = q[b, h, rows] @ k[b, h // shared, columns].T * scale
             if discard is not None:
                 score = score.masked_fill(discard[h], -math.inf)
-            row = torch.softmax(score, -1) @ v[b, h // shared, :keys]
+            row = torch.softmax(score, -1) @ v[b, h // shared, columns]
             if corrected and discard is not None:
                 row = row.masked_fill(discard[h].all(-1, keepdim=True), 0)
-            out[b, h, :queries] = row if keys else 0 if corrected else torch.nan
+            out[b, h, rows] = row if theirs else 0 if corrected else torch.nan
     return out
 
 
@@ -137,33 +111,6 @@ def _aligned(q: Tensor) -> None:
     require(q.shape[3] % 16 == 0, f"has head dim {q.shape[3]}, expected a multiple of 16")
 
 
-def _prompt_mask(
-    mask: Tensor | None, batch: int, s1: int, s2: int, sparse_mode: int, before: int, after: int
-) -> Tensor | None:
-    """Of modes 0 (the mask as it is) and 1 (the same, the window is ignored)."""
-    require(
-        sparse_mode in (0, 1), f"has sparse_mode {sparse_mode}; only 0 and 1, a whole mask, are supported"
-    )
-    require(mask is not None or sparse_mode == 0, "has sparse_mode 1 and no mask")
-    require(
-        mask is None or sparse_mode == 1 or min(before, after) >= _WHOLE,
-        f"has a window of {before} and {after} tokens beside its mask; only {_WHOLE} is supported",
-    )
-    leading: list[tuple[int, ...]] = [(), (batch,), (1,), (batch, 1), (1, 1)]
-    return _mask(mask, [(*lead, s1, s2) for lead in leading], (batch, 1, s1, s2))
-
-
-def _single_mask(mask: Tensor | None, batch: int, s2: int) -> Tensor | None:
-    shapes: list[tuple[int, ...]] = [(batch, s2), (batch, 1, s2), (batch, 1, 1, s2)]
-    if mask is not None:
-        require(
-            tuple(mask.shape) in shapes,
-            f"has the mask {list(mask.shape)}, expected one of {list(map(list, shapes))}",
-        )
-        mask = mask.reshape(batch, 1, 1, s2)
-    return _mask(mask, [(batch, 1, 1, s2)], (batch, 1, 1, s2))
-
-
 def _one(tensors: Any, what: str) -> Tensor:
     require(isinstance(tensors, tuple) and len(tensors) == 1, f"has no single {what}")
     return tensors[0]
@@ -186,10 +133,14 @@ def fused_infer_attention_score(
 ) -> tuple[Tensor, Tensor]:
     """One query (S1 = 1) or a prompt. `arguments`: 17 of quantisation, pages, padding and prefixes, then 13 settings.
 
-    With one query its length, the window and sparse_mode are ignored, and inner_precise is 0 or 1.
+    With one query its length, the window and sparse_mode are ignored, and inner_precise is 0 or 1. Rows without a key
+    are corrected in sparse_mode 3 by itself. Left padding of one query's keys is refused: the documents contradict
+    each other about it.
     """
     optional, settings = arguments[:17], arguments[17:]
-    require(pse_shift is None and all(a is None for a in optional), "has arguments beyond mask and lengths")
+    query_padding, key_padding = optional[_PADDING : _PADDING + 2]
+    others = (pse_shift, *optional[:_PADDING], *optional[_PADDING + 2 :])
+    require(all(a is None for a in others), "has arguments beyond mask, lengths and padding")
     heads, scale, before, after, layout_id, kv_heads, sparse_mode, inner_precise, *rest = settings
     block_size, antiquant, lse, *modes = rest
     require(
@@ -200,17 +151,20 @@ def fused_infer_attention_score(
     q, k, v = _inputs(layout, query, _one(key, "key"), _one(value, "value"), heads, kv_heads)
     batch, _, s1, _ = q.shape
     s2 = k.shape[2]
-    key_lengths = _lengths(actual_seq_lengths_kv, batch, s2, "lengths of keys")
+    keys = masks.spans(actual_seq_lengths_kv, key_padding, batch, s2, "lengths of keys")
     if s1 == 1:
         require(layout.name != "BNSD_BSND", "has the layout BNSD_BSND for one query")
         require(inner_precise in (0, 1), f"has inner_precise {inner_precise} for one query, expected 0 or 1")
-        mask, query_lengths = _single_mask(attn_mask, batch, s2), [1] * batch
+        require(key_padding is None, "has kv_padding_size for one query, which is not supported")
+        mask, queries = masks.of_one_query(attn_mask, batch, s2), [range(1)] * batch
     else:
         _aligned(q)
         require(inner_precise in (0, 1, 2, 3), f"has inner_precise {inner_precise}, expected 0 to 3")
-        mask = _prompt_mask(attn_mask, batch, s1, s2, sparse_mode, before, after)
-        query_lengths = _lengths(actual_seq_lengths, batch, s1, "lengths of queries")
-    out = _attend(q, k, v, scale, mask, query_lengths, key_lengths, corrected=inner_precise >= 2)
+        queries = masks.spans(actual_seq_lengths, query_padding, batch, s1, "lengths of queries")
+        padded = query_padding is not None or key_padding is not None
+        mask = masks.of_prompt(attn_mask, sparse_mode, before, after, queries, keys, s1, s2, padded)
+    corrected = inner_precise >= 2 or (s1 > 1 and sparse_mode == masks.RIGHT_DOWN_CAUSAL)
+    out = _attend(q, k, v, scale, mask, queries, keys, corrected)
     return layout.back(out), torch.zeros(1)
 
 
@@ -245,10 +199,11 @@ def prompt_flash_attention(
     _aligned(q)
     batch, _, s1, _ = q.shape
     s2 = k.shape[2]
-    mask = _prompt_mask(attn_mask, batch, s1, s2, sparse_mode, before, after)
-    query_lengths = _lengths(actual_seq_lengths, batch, s1, "lengths of queries")
-    key_lengths = _lengths(actual_seq_lengths_kv, batch, s2, "lengths of keys")
-    return layout.back(_attend(q, k, v, scale, mask, query_lengths, key_lengths, corrected=False))
+    queries = masks.spans(actual_seq_lengths, None, batch, s1, "lengths of queries")
+    keys = masks.spans(actual_seq_lengths_kv, None, batch, s2, "lengths of keys")
+    mask = masks.of_prompt(attn_mask, sparse_mode, before, after, queries, keys, s1, s2)
+    corrected = sparse_mode == masks.RIGHT_DOWN_CAUSAL
+    return layout.back(_attend(q, k, v, scale, mask, queries, keys, corrected))
 
 
 @rule("IncreFlashAttention", floats=LOW, result=_kv_dtype)
@@ -272,9 +227,9 @@ def incre_flash_attention(
     lengths = actual_seq_lengths
     if isinstance(lengths, Tensor) and lengths.dtype == torch.int32:  # this operator takes both
         lengths = lengths.long()
-    mask = _single_mask(attn_mask, batch, s2)
-    key_lengths = _lengths(lengths, batch, s2, "lengths of keys")
-    return layout.back(_attend(q, k, v, scale, mask, [1] * batch, key_lengths, corrected=False))
+    mask = masks.of_one_query(attn_mask, batch, s2)
+    keys = masks.spans(lengths, None, batch, s2, "lengths of keys")
+    return layout.back(_attend(q, k, v, scale, mask, [range(1)] * batch, keys, corrected=False))
 
 
 @rule(
@@ -320,12 +275,13 @@ def flash_attention_score(
         sparse_mode in (0, 1), f"has sparse_mode {sparse_mode}; only 0 and 1, a whole mask, are supported"
     )
     require(
-        attn_mask is None or sparse_mode == 1 or min(before, after) >= _WHOLE, "has a window beside its mask"
+        attn_mask is None or sparse_mode == 1 or min(before, after) >= masks.WHOLE,
+        "has a window beside its mask",
     )
     require(attn_mask is None or attn_mask.dtype != torch.int8, "has a mask in int8, expected bool or uint8")
     shapes: list[tuple[int, ...]] = [(batch, heads, s1, s2), (batch, 1, s1, s2), (s1, s2)]
-    mask = _mask(attn_mask, shapes, (batch, 1, s1, s2))
-    out = _attend(q, k, v, scale, mask, [s1] * batch, [s2] * batch, corrected=False)
+    mask = masks.expanded(attn_mask, shapes, (batch, 1, s1, s2))
+    out = _attend(q, k, v, scale, mask, [range(s1)] * batch, [range(s2)] * batch, corrected=False)
     score = q @ k.repeat_interleave(heads // kv_heads, 1).mT * scale
     if mask is not None:
         score = score.masked_fill(mask, -math.inf)
