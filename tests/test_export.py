@@ -15,7 +15,7 @@ from golden import CASES, check_cache, check_case, inputs, load_case
 from mindspore import nn
 
 from kimi_vl.convert.errors import EnvironmentProblem
-from kimi_vl.export import BundleError, ExportError, MindIRModel, export, mindir, plan_export, writing
+from kimi_vl.export import BundleError, ExportError, MindIRModel, export, lint, mindir, plan_export, writing
 from kimi_vl.export.bundle import Bundle
 from kimi_vl.export.plan import TARGETS, open_converted
 from kimi_vl.export.trace import Tracer
@@ -132,6 +132,19 @@ def test_graphs_have_no_large_constants_and_only_graphs_of_fp32_weights_point_at
             for name, place in pointing.items():
                 weight = manifest.weights[name]
                 assert place == (weight.file, weight.offset, weight.nbytes) and weight.offset % 64 == 0
+
+
+def test_no_weight_is_copied_before_its_layer_runs():
+    """The CPU's Reshape copies a parameter, and what waits for nothing runs, and stays, from the start."""
+    for graph in Bundle.load(bundles.bundle(FP32)).graphs.values():
+        model = mindir.read(bundles.bundle(FP32) / graph.file)
+        weights = {p.name for p in model.graph.parameter}
+        weights |= {
+            n.output[0] for n in model.graph.node if lint.operator(n) == "Load" and n.input[0] in weights
+        }
+        for node in model.graph.node:
+            if lint.operator(node) in ("Reshape", "Transpose", "Cast"):
+                assert node.input[0] not in weights, f"{graph.file}: {node.op_type} of {node.input[0]}"
 
 
 def test_shards_are_hard_links_and_the_manifest_knows_their_tensors():

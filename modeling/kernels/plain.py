@@ -101,7 +101,7 @@ class SplitHeads(nn.Cell):
 
 
 class MergeHeads(nn.Cell):
-    """[heads, R, D] -> [R, heads * D]; experts merge alike."""
+    """[heads, R, D] -> [R, heads * D]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,9 @@ class Experts(nn.Cell):
     """Routed experts without data-dependent shapes: no token is ever dropped, whatever the skew.
 
     Few rows (decoding): one gathered expert per row and slot. Many rows: every expert on every row, its activation
-    weighted with 0 where it was not chosen, and one matrix product that also sums over the experts.
+    weighted with 0 where it was not chosen, and the sum over the experts. (One product over experts and width at once
+    would sum by itself, but wants `down` as a matrix: the CPU's Reshape copies a parameter, and the copies of all
+    layers, which wait for nothing, would be made at the start and live at once.)
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -224,7 +226,6 @@ class Experts(nn.Cell):
         self.matmul = P.MatMul()
         self.batch_matmul = P.BatchMatMul()
         self.sum = P.ReduceSum()
-        self.merge = MergeHeads()
         self.swiglu = SwiGLU()
 
     def construct(self, x, gate_up, down, indices, weights):
@@ -249,8 +250,8 @@ class Experts(nn.Cell):
             h = ops.broadcast_to(x, (self.experts, rows, x.shape[1]))
             h = self.swiglu(self.batch_matmul(h, gate_up))  # (E, R, I)
             share = ops.reshape(ops.transpose(share, (1, 0)), (self.experts, rows, 1))
-            h = self.merge(h * ops.broadcast_to(share, h.shape))  # (R, E * I)
-            result = self.matmul(h, ops.reshape(down, (-1, down.shape[2])))
+            h = h * ops.broadcast_to(share, h.shape)
+            result = self.sum(self.batch_matmul(h, down), 0)  # (E, R, H) -> (R, H)
         return result
 
 
@@ -337,6 +338,8 @@ class LatentAttention(nn.Cell):
         context = cache.shape[0]
         q = self.split_heads(ops.reshape(ops.concat((nope, rope), -1), (nope.shape[0], -1)))
         latent, k_rope = cache[:, : self.lora], cache[:, self.lora :]
+        # A parameter's Reshape is a copy; one that waits for its layer shares memory with those of other layers.
+        k_b, v_b = ops.depend(k_b, latent), ops.depend(v_b, latent)
         keys = self.split_heads(self.matmul_t(latent, ops.reshape(k_b, (-1, self.lora))))  # (heads, S, nope)
         k_rope = ops.broadcast_to(k_rope, (self.heads, context, k_rope.shape[1]))
         keys = ops.concat((keys, k_rope), -1)  # (heads, S, nope + rope)
