@@ -45,6 +45,7 @@ class GraphRecord:
         caches: parameters that the graph writes in place, layer by layer and row by row; zeros before the first use.
         external_data: its other parameters find their data in the shards by themselves; if not, whoever loads the
             graph sets each one from `weights`.
+        live_bytes: of the tensors that it has in memory at most, inputs and outputs included; see ``liveness``.
     """
 
     file: str
@@ -59,6 +60,7 @@ class GraphRecord:
     outputs: tuple[Port, ...]
     caches: tuple[Port, ...]
     external_data: bool
+    live_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..convert.errors import ConversionError, EnvironmentProblem
 from ..convert.planning import DTYPE_NAMES, size_text
 from ..modeling.configuration import ConfigError
 from .errors import ExportError
+from .memory import DeviceMemory, estimate, of_graphs
 from .plan import (
     DECODE,
     DEFAULT_CONTEXT,
@@ -127,7 +128,13 @@ class Sizes(click.ParamType):
     is_flag=True,
     help="Copy the weights, so that the bundle shares no disk with the converted directory.  [default: hard links]",
 )
-@click.option("--dry-run", is_flag=True, help="Show graphs, shapes and files, and stop.")
+@click.option(
+    "--device-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Refuse what a device of so many GB cannot hold.",
+)
+@click.option("--dry-run", is_flag=True, help="Show graphs, shapes, files and memory, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON on stdout, all else on stderr.")
 def cli(
     src: str,
@@ -142,6 +149,7 @@ def cli(
     experts: str | None,
     taps: bool,
     copy: bool,
+    device_memory: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -165,6 +173,7 @@ def cli(
         "experts": experts or "default",
         "taps": "yes" if taps else "no",
         "copy": "yes" if copy else "no",
+        "device memory": f"{device_memory:g} GB" if device_memory else "any",
     }
     for name, value in arguments.items():
         click.echo(f"{name:>14}: {value}", err=as_json)
@@ -177,25 +186,41 @@ def cli(
         click.echo(str(plan), err=as_json)
         if replaced:
             click.echo(f"replace    the bundle in {dst}", err=as_json)
+        if dry_run or device_memory:
+            memory = _estimate(plan, as_json)
+            if device_memory:
+                memory.check(device_memory)
         if dry_run:
+            click.echo(f"device     {memory}", err=as_json)
             there = next(p for p in (Path(dst), *Path(dst).absolute().parents) if p.is_dir())
             click.echo(f"free       {size_text(shutil.disk_usage(there).free)}", err=as_json)
         else:
-            _export(plan, dst, as_json)
+            memory = _export(plan, dst, as_json)
         if as_json:
-            click.echo(json.dumps(plan.to_dict(), indent=1))
+            click.echo(json.dumps({**plan.to_dict(), "device": memory.to_dict()}, indent=1))
 
 
-def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
-    from tqdm import tqdm
-
+def _prepare_mindspore(use: str) -> None:
     os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
     try:
         import mindspore
     except ImportError as e:
-        raise EnvironmentProblem(f"MindSpore cannot be imported ({e}); install it to export") from None
+        raise EnvironmentProblem(f"MindSpore cannot be imported ({e}); install it to {use}") from None
     if mindspore.get_context("device_target") != "CPU":
         mindspore.set_device("CPU")
+
+
+def _estimate(plan: BundlePlan, as_json: bool) -> DeviceMemory:
+    names = ", ".join(g.name for g in plan.shortened().graphs)
+    click.echo(f"tracing    the first layers of {names}, to find the memory that they need", err=as_json)
+    _prepare_mindspore("know the memory")
+    return estimate(plan)
+
+
+def _export(plan: BundlePlan, dst: str, as_json: bool) -> DeviceMemory:
+    from tqdm import tqdm
+
+    _prepare_mindspore("export")
     start = time.monotonic()
     # disable=None: no bar where nobody looks
     with tqdm(total=len(plan.graphs), unit="graph", disable=None, file=sys.stderr) as bar:
@@ -214,10 +239,13 @@ def _export(plan: BundlePlan, dst: str, as_json: bool) -> None:
         click.echo(
             "launches   " + ", ".join(f"{name} {count}" for name, count in decode.items()), err=as_json
         )
+    memory = of_graphs(plan, {name: graph.live_bytes for name, graph in written.bundle.graphs.items()})
+    click.echo(f"device     {memory}", err=as_json)
     click.echo(
         f"done       {dst}, {size_text(written.nbytes)} of new disk, {time.monotonic() - start:.1f} s",
         err=as_json,
     )
+    return memory
 
 
 @contextmanager

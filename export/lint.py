@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mindspore.train import mind_ir_pb2 as pb
-
 from .errors import ExportError
 from .mindir import REFERENCE, plain
+from .proto import pb
 
 # Nodes that start nothing on the device: structure, order, and other views of the same memory.
 FREE = ("Constant", "Depend", "ExpandDims", "Load", "MakeTuple", "Reshape", "TupleGetItem", "UpdateState")

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindspore.train import mind_ir_pb2 as pb
-
 from .errors import BundleError, ExportError
+from .proto import pb
 
 REFERENCE = "REF::"  # a node's op_type: this and the primitive's name
 Place = tuple[str, int, int]

@@ -110,6 +110,14 @@ class GraphPlan:
 
 
 @dataclass(frozen=True)
+class ShortPlan:
+    """The largest graph of each kind, of a network with few layers."""
+
+    config: ModelConfig
+    graphs: tuple[GraphPlan, ...]
+
+
+@dataclass(frozen=True)
 class BundlePlan:
     """See the module.
 
@@ -180,6 +188,26 @@ class BundlePlan:
         for graph in tapped:
             yield graph, bare.pop(graph.name.removesuffix(TAPS), None)
         yield from ((graph, None) for graph in bare.values())
+
+    def shortened(self) -> ShortPlan:
+        """The largest graph of each kind, with the first layers alone: each kind of layer, and one after it."""
+        text, vision = self.config.text, self.config.vision
+        layers = max(2, min(text.moe_layers, default=0) + 2)
+        config = replace(
+            self.config,
+            text=replace(text, num_hidden_layers=min(layers, text.num_hidden_layers)),
+            vision=replace(vision, num_hidden_layers=min(2, vision.num_hidden_layers)),
+        )
+        largest = {g.kind: g for g in self.graphs if not g.taps}  # each kind ascends
+        return ShortPlan(
+            config,
+            tuple(
+                _vision(config, self.target, g.patches)
+                if g.patches
+                else _text(config, self.target, self.batch, g.kind, g.tokens or 1, g.context or 1)
+                for g in largest.values()
+            ),
+        )
 
     def as_stored(self, name: str) -> bool:
         """Whether a parameter has the bytes that the weights file has."""
@@ -424,7 +452,7 @@ def _patches(
     )
 
 
-def _vision(config: ModelConfig, target: Target, patches: int, taps: bool) -> GraphPlan:
+def _vision(config: ModelConfig, target: Target, patches: int, taps: bool = False) -> GraphPlan:
     return GraphPlan(
         kind=VISION,
         patches=patches,

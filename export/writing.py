@@ -104,15 +104,10 @@ def _write_graphs(
     plan: BundlePlan, directory: Path, progress: Progress | None
 ) -> tuple[dict[str, GraphRecord], int, dict[str, int]]:
     """Traces and writes every graph; their records, the version of the MindIR format, and their launches."""
-    import mindspore
-
     from . import lint, mindir
-    from .trace import Tracer
+    from .trace import Tracer, check_mindspore
 
-    if plan.target.kernels == "ascend" and tuple(map(int, mindspore.__version__.split(".")[:2])) < (2, 10):
-        raise EnvironmentProblem(
-            f"MindSpore {mindspore.__version__}: graphs for {plan.target.name} are made of operators of 2.10; install that"
-        )
+    check_mindspore(plan.target)
     tracer = Tracer(plan.config, plan.target, plan.batch)
     unused = set(plan.weights.names())
     records, launches, version = {}, {}, 0
@@ -147,6 +142,8 @@ def _write_graphs(
 
 def _write_graph(graph: GraphPlan, model: Any, external: bool, directory: Path) -> GraphRecord:
     from . import mindir
+    from .liveness import live
+    from .nodes import read_nodes
 
     content = mindir.serialise(model)
     file = f"{graph.name}.mindir"
@@ -164,6 +161,7 @@ def _write_graph(graph: GraphPlan, model: Any, external: bool, directory: Path) 
         outputs=_ports(graph.outputs),
         caches=_ports(graph.caches),
         external_data=external,
+        live_bytes=live(read_nodes(model)).nbytes,
     )
 
 

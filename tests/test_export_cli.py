@@ -82,6 +82,7 @@ def test_a_dry_run_shows_graphs_files_and_memory(tmp_path):
         "model-00001-of-00001.safetensors",
         "config.json",
         "of weights (mapped as they are stored)",
+        "live at once in ",
         "the largest vision graph takes 64 patches (16 tokens)",
     ):
         assert text in out
