@@ -1,8 +1,11 @@
 """MindIR bundles: static graphs of a converted checkpoint, written without weights in memory, and loaded again.
 
 `plan` says which graphs a bundle has (no MindSpore), `trace` makes one from the network, `mindir` gives it its final
-form, `lint` holds one for Ascend against what a device needs, `writing` puts a bundle together, `bundle` is its manifest, `loading` and `model` run it, and `cli` is the
-command ``export-mindir``.
+form, `lint` holds one for Ascend against what a device needs, `memory` says what a device needs for them, `writing` puts a
+bundle together, `bundle` is its manifest, `load` and `weights` run it, and `cli` is the command ``export-mindir``.
+
+`nodes` reads a graph back as typed nodes; `liveness`, `flops`, `summary` and `drawing` are computed from these, for the
+command ``inspect-mindir`` in `inspect`.
 """
 
 from __future__ import annotations

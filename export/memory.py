@@ -14,8 +14,6 @@ from typing import Any
 
 from ..convert.planning import size_text
 from .errors import ExportError
-from .liveness import live
-from .nodes import read_nodes
 from .plan import DECODE, VISION, BundlePlan
 
 
@@ -76,6 +74,8 @@ def of_graphs(plan: BundlePlan, live_bytes: Mapping[str, int]) -> DeviceMemory:
 
 def estimate(plan: BundlePlan, progress: Callable[[str], object] = lambda name: None) -> DeviceMemory:
     """Before an export; see the module. `progress` is called with each graph's name."""
+    from .liveness import live
+    from .nodes import read_nodes
     from .trace import Tracer, check_mindspore
 
     check_mindspore(plan.target)

@@ -126,7 +126,8 @@ class Nodes:
         """The layer that each node belongs to, by what it gives: `BEFORE`, a layer's number, or `AFTER`.
 
         A node is of the layer of its parameters and of what it takes, the latest. Parameters without a number that meet
-        what a layer gave stand after all layers.
+        what a layer gave stand after all layers. So what a norm of plain operators does before it takes its weight is
+        counted to the layer before; a fused one is where it belongs.
         """
         places: dict[str, int] = {}
         for node in self.nodes:

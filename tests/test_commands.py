@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bundles
 import pytest
 from golden import DATA
 
 COMMANDS = {
     "convert-weights": "kimi_vl.convert.cli",
     "export-mindir": "kimi_vl.export.cli",
+    "inspect-mindir": "kimi_vl.export.inspect",
     "verify-parity": "kimi_vl.verify.cli",
 }
 HEAVY = ("transformers", "torch", "mindspore")
@@ -63,6 +65,11 @@ def test_dry_runs_import_no_framework_but_for_what_is_traced(tmp_path):
     assert (status, heavy) == (0, []) and not report.exists(), text
 
 
+def test_inspecting_a_bundle_imports_no_framework():
+    status, heavy, text = probe("inspect-mindir", str(bundles.bundle("tiny8-fp32")))
+    assert (status, heavy) == (0, []) and "FLOPs" in text
+
+
 @pytest.mark.parametrize(
     ("command", "args"),
     [
@@ -72,6 +79,7 @@ def test_dry_runs_import_no_framework_but_for_what_is_traced(tmp_path):
             "verify-parity",
             ("--reference", "no/such/place", "--candidate", "no/such/place", "--report", "out"),
         ),
+        ("inspect-mindir", ("no/such/place",)),
         ("convert-weights", ("--no-such-option",)),
     ],
 )

@@ -49,7 +49,7 @@ def test_a_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path) -> 
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entries,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
     assert held == wanted
-    for command in ("convert-weights", "export-mindir", "verify-parity"):
+    for command in ("convert-weights", "export-mindir", "inspect-mindir", "verify-parity"):
         assert f"{command} = kimi_vl." in entries
     assert wheel.stat().st_size < 5e6
 
