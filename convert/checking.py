@@ -12,6 +12,7 @@ from .converted import ConvertedWeights
 from .errors import ConversionError
 from .formats import FORMATS
 from .manifest import MANIFEST, FileRecord, content_hash
+from .mapped_file import MappedFile
 from .source import open_source
 from .storage import Progress
 from .tensor_io import Buffers
@@ -43,21 +44,31 @@ def check(directory: str | Path, workers: int = 2, progress: Progress | None = N
     damaged = [sentence for name, record in small.items() if (sentence := _file(weights, name, record))]
     lock = Lock()
 
+    def advance(nbytes: int) -> None:
+        with lock:
+            if progress:
+                progress(nbytes)
+
     def tensor(name: str) -> str | None:
-        record, buffers, digest = manifest.tensors[name], Buffers(), blake3.blake3()
-        for start in range(0, record.nbytes, PIECE_BYTES):
-            piece = buffers.take(0, min(PIECE_BYTES, record.nbytes - start))
-            weights.place(name).file.read(record.offset + start, piece.data)
-            digest.update(piece.data)
-            with lock:
-                if progress:
-                    progress(piece.nbytes)
-        if digest.hexdigest() == record.hash:
+        record = manifest.tensors[name]
+        if stored_hash(weights.place(name).file, record.offset, record.nbytes, advance) == record.hash:
             return None
         return f"{path / record.file}: {name} is damaged, its content is not what was written"
 
     with ThreadPoolExecutor(workers) as pool:
         return damaged + [sentence for sentence in pool.map(tensor, manifest.tensors) if sentence]
+
+
+def stored_hash(file: MappedFile, offset: int, nbytes: int, progress: Progress | None = None) -> str:
+    """BLAKE3 of a part of a file, which is read piece by piece. Raises OSError, ConversionError: it cannot be read."""
+    buffers, digest = Buffers(), blake3.blake3()
+    for start in range(0, nbytes, PIECE_BYTES):
+        piece = buffers.take(0, min(PIECE_BYTES, nbytes - start))
+        file.read(offset + start, piece.data)
+        digest.update(piece.data)
+        if progress:
+            progress(piece.nbytes)
+    return digest.hexdigest()
 
 
 def _file(weights: ConvertedWeights, name: str, record: FileRecord) -> str | None:

@@ -2,7 +2,8 @@
 
 `plan` says which graphs a bundle has (no MindSpore), `trace` makes one from the network, `mindir` gives it its final
 form, `lint` holds one for Ascend against what a device needs, `memory` says what a device needs for them, `writing` puts a
-bundle together, `bundle` is its manifest, `load` and `weights` run it, and `cli` is the command ``export-mindir``.
+bundle together, `bundle` is its manifest, `load` runs it on weights that `weights` checks, which `verified` remembers, and
+`cli` is the command ``export-mindir``.
 
 `nodes` reads a graph back as typed nodes; `liveness`, `flops`, `summary` and `drawing` are computed from these, for the
 command ``inspect-mindir`` in `inspect`.

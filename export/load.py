@@ -12,13 +12,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from ..modeling.binding import CacheBinding
-from ..modeling.cache import RowCache
+from ..modeling import running
+from ..modeling.binding import bind
+from ..modeling.cache import CacheRow
 from ..modeling.configuration import ModelConfig
 from ..modeling.engine import Arrays, Engine
 from ..modeling.generation import KimiVLGeneration
-from ..modeling.modeling_kimi_vl import mindspore_dtype, run_cell
+from ..modeling.modeling_kimi_vl import mindspore_dtype
 from ..modeling.settings import generation_settings
+from ..modeling.shapes import holds_a_batch
 from . import mindir
 from .bundle import MANIFEST, Bundle, GraphRecord
 from .errors import BundleError
@@ -48,35 +50,27 @@ class MindIRModel(KimiVLGeneration):
         self.dtype = mindspore_dtype(bundle.dtype)
         self.generation_config = generation_settings(directory, config)
         self.weights = weights
-        self.engine = Engine(config, BundleGraphs(directory, bundle, weights))
+        together = any(holds_a_batch(port.shape) for g in bundle.graphs.values() for port in g.caches)
+        self.engine = Engine(config, BundleGraphs(directory, bundle, weights, together=together))
 
     @classmethod
-    def from_bundle(cls, directory: str | Path, verify: bool = False) -> MindIRModel:
-        """A bundle that ``export-mindir`` wrote, checked against its manifest.
+    def from_bundle(cls, directory: str | Path, verify: bool | None = None) -> MindIRModel:
+        """A bundle that ``export-mindir`` wrote, for the device that MindSpore runs on, checked against its manifest.
 
-        Sizes, headers, graphs, the configuration and all small tensors are always checked; large tensors are not read
-        yet.
+        Sizes, headers, graphs, the configuration and all small tensors are checked each time. Large tensors are read
+        and checked by the first load on a machine, which takes as long as reading the files; later loads take that as
+        done as long as size, inode and times of a file stay the same.
 
         Args:
-            verify: read and check the large tensors and all other files too.
+            verify: True reads and checks the large tensors and all other files again, False leaves them unread.
 
         Raises:
             BundleError: it is no bundle, is damaged, or is for another target; the message says which file and how.
         """
         path = Path(directory)
         bundle = Bundle.load(path)
-        if bundle.target != "cpu":
-            raise BundleError(
-                f"{path}: is for {bundle.target}, whose operators have no CPU kernels, and this loader runs on a CPU only; "
-                "export with --target cpu to run it here"
-            )
-        device = ms.get_context("device_target")
-        if device.lower() != bundle.target:
-            raise BundleError(
-                f"{path}: is for {bundle.target}, but MindSpore runs on {device}; "
-                f'call mindspore.set_device("{bundle.target.upper()}") first'
-            )
-        check_files(path, bundle, verify)
+        _check_device(path, bundle)
+        check_files(path, bundle, bool(verify))
         return cls(path, bundle, SharedWeights(path, bundle, verify))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,17 +81,34 @@ class MindIRModel(KimiVLGeneration):
         return self.weights.array(name)
 
 
+def _check_device(directory: Path, bundle: Bundle) -> None:
+    """Raises BundleError: MindSpore runs on something that the bundle's graphs are not for."""
+    device = running.device()
+    if device.lower() == bundle.target:
+        return
+    if device == "CPU":
+        raise BundleError(
+            f"{directory}: is for {bundle.target}, whose operators have no CPU kernels, but MindSpore runs on CPU; "
+            "export with --target cpu to run it here"
+        )
+    raise BundleError(
+        f"{directory}: is for {bundle.target}, but MindSpore runs on {device}; "
+        f"export with --target {device.lower()}, or choose the other device with mindspore.set_device first"
+    )
+
+
 class RunnableGraph(Protocol):
     """One graph of a bundle."""
 
-    def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
+    def run(self, inputs: Arrays, rows: Sequence[Any] = ()) -> list[np.ndarray]:
         """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""
 
 
 class BundleGraphs:
     """Loads graphs when they are first needed. See `engine.Graphs`.
 
-    `load` makes one of directory, name, bundle and weights. Default: :class:`LoadedGraph`.
+    `load` makes one of directory, name, bundle and weights; default: :class:`LoadedGraph`. `together` says that it runs
+    on rows of one batch, whose cache the graph keeps; if not, on rows with buffers of their own.
     """
 
     def __init__(
@@ -106,6 +117,7 @@ class BundleGraphs:
         bundle: Bundle,
         weights: SharedWeights,
         load: Callable[[Path, str, Bundle, SharedWeights], RunnableGraph] | None = None,
+        together: bool = False,
     ) -> None:
         self._directory = directory
         self._bundle = bundle
@@ -115,6 +127,7 @@ class BundleGraphs:
         self.contexts: Sequence[int] = bundle.contexts
         self.patches: Sequence[int] = bundle.patches
         self.chunk = bundle.prefill_chunk
+        self.together = together
 
     def batch(self, rows: int) -> int:
         return self._bundle.batch
@@ -126,7 +139,7 @@ class BundleGraphs:
         self,
         tokens: int,
         context: int,
-        rows: Sequence[RowCache],
+        rows: Sequence[CacheRow],
         inputs: Arrays,
         all_logits: bool,
         taps: bool,
@@ -163,12 +176,12 @@ class LoadedGraph:
     def __init__(self, directory: Path, name: str, bundle: Bundle, weights: SharedWeights) -> None:
         self._record: GraphRecord = bundle.graphs[name]
         self._path = directory / self._record.file
-        self._cell = nn.GraphCell(self._load(bundle))
+        self._cell = running.prepared(nn.GraphCell(self._load(bundle)))
         parameters = self._cell.parameters_dict()
         caches = {port.name: (port.shape, port.dtype) for port in self._record.caches}
         left = set(caches)
         for parameter_name, parameter in parameters.items():
-            found = (tuple(parameter.shape), str(parameter.dtype).lower())
+            found = (tuple(parameter.shape), running.name(parameter.dtype))
             if parameter_name in caches:
                 left.discard(parameter_name)
                 expected = caches[parameter_name]
@@ -187,17 +200,17 @@ class LoadedGraph:
             raise BundleError(
                 f"{self._path}: does not take {min(left)}, which {MANIFEST} names; export again"
             )
-        self._caches = CacheBinding(
-            [parameters[p.name] for p in self._record.caches], self._record.context or 0
-        )
+        if caches:
+            held = [parameters[port.name] for port in self._record.caches]
+            self._caches = bind(held, self._record.context or 0)
 
-    def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
+    def run(self, inputs: Arrays, rows: Sequence[CacheRow] = ()) -> list[np.ndarray]:
         """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""
-        names = (port.name for port in self._record.inputs)
+        dtypes = {port.name: port.dtype for port in self._record.inputs}
         if self._record.tokens is None:
-            return run_cell(self._cell, names, inputs)
+            return running.run_cell(self._cell, dtypes, inputs)
         with self._caches.holding(rows, self._record.tokens):
-            return run_cell(self._cell, names, inputs)
+            return running.run_cell(self._cell, dtypes, inputs)
 
     def _load(self, bundle: Bundle) -> Any:
         """MindSpore's graph, without any data of its own: `ms.load` would read a copy of the weights for each graph."""

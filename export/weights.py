@@ -7,23 +7,31 @@ parameter without data, and computes something. So everything here is held again
 from __future__ import annotations
 
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
+from tqdm import tqdm
 
+from ..convert.checking import stored_hash
 from ..convert.errors import ConversionError
 from ..convert.manifest import content_hash
 from ..convert.safetensors_file import SafetensorsFile
 from ..convert.transforms import DTYPES
+from ..modeling import running
 from .bundle import MANIFEST, Bundle
 from .errors import BundleError
+from .verified import Claim
 
 logger = logging.getLogger(__name__)
 
 SMALL = (
     1 << 16
 )  # bytes of a tensor whose content is always checked: norms, biases; a few ms for the largest model
+SHOWN = 1 << 30  # bytes whose check takes so long that its progress is shown
+READERS = 8
 
 
 def check_files(directory: Path, bundle: Bundle, verify: bool) -> None:
@@ -62,11 +70,17 @@ class SharedWeights:
     What is stored as the graphs take it is a view of the memory-mapped file, its pages read when a graph first touches
     them and shared with every other process; what is not is widened once, when a graph first takes it.
 
+    On a device each is brought there once, when a graph first takes it.
+
+    Args:
+        verify: read and check all of them now (True), only the small ones (False), or those in files that were not
+            checked before (None).
+
     Raises:
         BundleError: a file is missing, truncated, another model's, or not what the manifest describes.
     """
 
-    def __init__(self, directory: Path, bundle: Bundle, verify: bool = False) -> None:
+    def __init__(self, directory: Path, bundle: Bundle, verify: bool | None = False) -> None:
         self._directory = directory
         self._records = bundle.weights
         self._dtype = DTYPES[bundle.parameter_dtype] if bundle.parameter_dtype else None
@@ -82,8 +96,7 @@ class SharedWeights:
                 raise BundleError(
                     f"{directory / record.file}: {name} is not where {MANIFEST} says; export again"
                 )
-            if verify or record.nbytes <= SMALL:
-                self._check_content(name)
+        self._check_contents(verify)
         if self._dtype and any(r.dtype != bundle.parameter_dtype for r in self._records.values()):
             logger.info(
                 "weights in %s are widened to %s: this target cannot multiply them well",
@@ -102,7 +115,7 @@ class SharedWeights:
     def tensor(self, name: str) -> ms.Tensor:
         """A tensor in the graphs' dtype, the same one every time. Raises KeyError."""
         if name not in self._tensors:
-            self._tensors[name] = ms.Tensor.from_numpy(self.array(name))
+            self._tensors[name] = running.on_device(ms.Tensor.from_numpy(self.array(name)))
         return self._tensors[name]
 
     def _stored(self, name: str) -> np.ndarray:
@@ -124,10 +137,39 @@ class SharedWeights:
             )
         return shard
 
-    def _check_content(self, name: str) -> None:
+    def _check_contents(self, verify: bool | None) -> None:
+        """Holds tensors against their hashes, in several threads; files that are whole are remembered."""
+        of: dict[str, list[str]] = {file: [] for file in self._shards}
+        for name, record in self._records.items():
+            of[record.file].append(name)
+        claims = {
+            file: Claim.of(shard.status(), [(name, self._records[name].hash) for name in of[file]])
+            for file, shard in self._shards.items()
+        }
+        known = {file for file in of if verify is None and claims[file].is_remembered()}
+        whole = {file for file in of if verify or (verify is None and file not in known)}
+        names = [n for n, r in self._records.items() if r.file in whole or r.nbytes <= SMALL]
+        total = sum(self._records[name].nbytes for name in names)
+        show = None if total > SHOWN else True  # None: where there is a terminal
+        with (
+            tqdm(
+                desc="checking weights", total=total, unit="B", unit_scale=True, leave=False, disable=show
+            ) as bar,
+            ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool,
+        ):
+            for name, found in zip(names, pool.map(self._content, names)):
+                record = self._records[name]
+                if found != record.hash:
+                    pool.shutdown(cancel_futures=True)
+                    raise BundleError(
+                        f"{self._directory / record.file}: {name} is damaged or another model's, its content is not "
+                        "what was written; convert and export again"
+                    )
+                bar.update(record.nbytes)
+        for file in whole:
+            claims[file].remember()
+
+    def _content(self, name: str) -> str:
+        """The hash of a tensor as it stands in its file."""
         record = self._records[name]
-        if content_hash(self._stored(name).reshape(-1).view(np.uint8)) != record.hash:
-            raise BundleError(
-                f"{self._directory / record.file}: {name} is damaged or another model's, its content is not what was "
-                "written; convert and export again"
-            )
+        return stored_hash(self._shards[record.file], record.offset, record.nbytes)

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, cast
 
 import mindspore as ms
 import numpy as np
 
-from .cache import RowCache
+from .batch_cache import BatchBinding
+from .cache import CacheRow, RowCache
+from .shapes import holds_a_batch
 
 # From 2.10 on, set_data makes a parameter of a compiled graph stand for other memory. In 2.7 it copies into the memory
 # that the parameter had in the first run (and goes on doing so when that is freed). What holds in between was not
 # tried; the way that suits 2.7 is right for all.
 SET_DATA_REBINDS = hasattr(ms, "DeviceCtx")
+
+
+class Binding(Protocol):
+    """The cache parameters of one graph."""
+
+    def holding(self, rows: Sequence[CacheRow], tokens: int) -> AbstractContextManager[None]:
+        """Within it the graph may run: it reads these rows' slots and writes the next `tokens` of each."""
+
+
+def bind(parameters: Sequence[ms.Parameter], context: int) -> Binding:
+    """Cache parameters of a graph with `context` slots: one per layer for a whole batch, or one per layer and row."""
+    if holds_a_batch(parameters[0].shape):
+        return BatchBinding(parameters)
+    return CacheBinding(parameters, context)
 
 
 class CacheBinding:
@@ -34,8 +51,9 @@ class CacheBinding:
                 parameter.set_data(ms.Tensor.from_numpy(buffer))
 
     @contextmanager
-    def holding(self, rows: Sequence[RowCache], tokens: int) -> Iterator[None]:
-        """Within it the graph may run: it reads these rows' slots and writes the next `tokens` of each."""
+    def holding(self, rows: Sequence[CacheRow], tokens: int) -> Iterator[None]:
+        """See :class:`Binding`."""
+        rows = cast("Sequence[RowCache]", rows)
         if SET_DATA_REBINDS:
             self._rebind(tuple(rows))
             yield

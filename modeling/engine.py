@@ -1,8 +1,9 @@
 """The host side: feeds static graphs, keeps the cache, knows nothing about where graphs or weights come from.
 
 A `Graphs` object provides the graphs: compiled from the network (`modeling_kimi_vl`) or reloaded from a bundle
-(`export`). Every row of a batch is stored from slot 0 on with its own length; rows that have nothing to do in a call
-run against a scratch cache, so nobody's cache is touched by them.
+(`export`). Every row of a batch is stored from slot 0 on with its own length. A row that has nothing to do in a call
+runs against a scratch cache where rows are stored apart; where they are stored together it writes beyond its own
+length, into slots that are not read before they are written again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from .buckets import TooLongError, pick
-from .cache import LatentCache, RowCache
+from .cache import CacheRow, LatentCache, RowCache
 from .configuration import ModelConfig
 from .positions import merge_order, position_taps, text_rope, vision_rope
 
@@ -27,6 +28,7 @@ class Graphs(Protocol):
     contexts: Sequence[int]  # cache lengths, ascending
     patches: Sequence[int]  # patch counts, ascending
     chunk: int  # tokens of a prefill graph
+    together: bool  # whether a cache parameter holds all rows of a batch
 
     def batch(self, rows: int) -> int:
         """The batch size of the graphs that serve `rows` rows."""
@@ -38,7 +40,7 @@ class Graphs(Protocol):
         self,
         tokens: int,
         context: int,
-        rows: Sequence[RowCache],
+        rows: Sequence[CacheRow],
         inputs: Arrays,
         all_logits: bool,
         taps: bool,
@@ -77,8 +79,9 @@ class Engine:
 
     def new_cache(self, batch: int) -> LatentCache:
         """An empty cache for `batch` rows of up to `max_context` tokens."""
-        text = self.config.text
-        return LatentCache(batch, text.num_hidden_layers, self.max_context, text.latent_dim)
+        if self.graphs.together:
+            return LatentCache.of_batches(batch, self.graphs.batch(batch), self.max_context)
+        return LatentCache([self._row() for _ in range(batch)], self.max_context)
 
     # Images ------------------------------------------------------------------------------------------------------
 
@@ -155,12 +158,14 @@ class Engine:
             group = list(range(first, min(first + size, len(rows))))
             done = dict.fromkeys(group, 0)
             while left := [b for b in group if done[b] < len(rows[b].ids)]:
-                # A chunk must not write past the cache's end: what does not fit runs token by token.
+                # A chunk must not write past the cache's end, not even that of a row that only runs along: what does
+                # not fit runs token by token.
                 chunk = self.graphs.chunk
                 fit = [
                     b
                     for b in left
-                    if len(rows[b].ids) - done[b] > 1 and cache.rows[b].length + chunk <= self.max_context
+                    if len(rows[b].ids) - done[b] > 1
+                    and all(row.length + chunk <= self.max_context for row in cache.rows[b].together)
                 ]
                 active, tokens = (fit, chunk) if fit else (left, 1)
                 self._run(cache, rows, outputs, active, done, size, tokens, all_logits, taps)
@@ -181,17 +186,22 @@ class Engine:
         """One graph call: up to `tokens` more tokens of every active row."""
         text = self.config.text
         ids = np.full((batch, tokens), self.config.pad_token_id, np.int32)
-        positions = np.zeros((batch, tokens), np.int64)
-        start, count = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         embeds = np.zeros((batch, tokens, text.hidden_size), np.float32)
         mask = np.zeros((batch, tokens), np.int32)
-        held = [self._idle_row()] * batch
-        for i, b in enumerate(active):
+        held = list(dict.fromkeys(row for b in active for row in cache.rows[b].together))
+        held += [self._idle_row()] * (batch - len(held))
+        places = [held.index(cache.rows[b]) for b in active]
+        start, count = np.array([row.length for row in held], np.int32), np.zeros(batch, np.int32)
+        context = pick(
+            self.graphs.contexts, min(int(start.max()) + tokens, self.max_context), "cached tokens"
+        )
+        # Of a row that runs along and is full, the last slot may go: no token can follow that would see it.
+        start = np.minimum(start, context - tokens)
+        positions = start[:, None].astype(np.int64) + np.arange(tokens)
+        for i, b in zip(places, active):
             row, at = rows[b], done[b]
-            n = min(tokens, len(row.ids) - at)
-            held[i], start[i], count[i] = cache.rows[b], cache.rows[b].length, n
+            n = count[i] = min(tokens, len(row.ids) - at)
             ids[i, :n] = row.ids[at : at + n]
-            positions[i] = start[i] + np.arange(tokens)
             if row.positions is not None:
                 positions[i, :n] = row.positions[at : at + n]
             if row.embeds is not None and row.embeds_mask is not None:
@@ -204,9 +214,8 @@ class Engine:
         keep_all, all_logits = all_logits, all_logits or tokens == 1
         if not all_logits:
             inputs["last"] = np.maximum(count - 1, 0).astype(np.int32)
-        context = pick(self.graphs.contexts, int(start.max()) + tokens, "tokens in the cache")
         out = self.graphs.text(tokens, context, held, inputs, all_logits, taps)
-        for i, b in enumerate(active):
+        for i, b in zip(places, active):
             n = int(count[i])
             if keep_all or done[b] + n == len(rows[b].ids):
                 outputs[b].logits.append(np.array(out[0][i, :n] if all_logits else out[0][i]))
@@ -217,8 +226,11 @@ class Engine:
             cache.rows[b].length += n
             done[b] += n
 
+    def _row(self) -> RowCache:
+        text = self.config.text
+        return RowCache(text.num_hidden_layers, self.max_context, text.latent_dim)
+
     def _idle_row(self) -> RowCache:
         if self._scratch is None:
-            text = self.config.text
-            self._scratch = RowCache(text.num_hidden_layers, self.max_context, text.latent_dim)
+            self._scratch = self._row()
         return self._scratch

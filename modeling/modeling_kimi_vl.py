@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-import ml_dtypes
 import numpy as np
 from mindspore import nn
 
-from .binding import CacheBinding
+from . import running
+from .binding import Binding, bind
 from .buckets import contexts, largest_image, patch_buckets
-from .cache import RowCache
+from .cache import CacheRow
 from .configuration import ConfigError, ModelConfig
 from .engine import Arrays, Engine
 from .generation import KimiVLGeneration
@@ -23,7 +23,7 @@ from .kernels import get_kernels
 from .language import LanguageModel
 from .parameters import init_parameters, no_init_parameters
 from .settings import generation_settings, in_token_limit
-from .shapes import text_inputs, vision_inputs
+from .shapes import Ports, holds_a_batch, text_inputs, vision_inputs
 from .vision import MoonViT, Projector
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
 
-_DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
-_NUMPY = {
-    ms.float32: np.dtype(np.float32),
-    ms.float16: np.dtype(np.float16),
-    ms.bfloat16: np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = {name: running.DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
 
 def mindspore_dtype(value: Any) -> ms.Type:
@@ -47,7 +42,7 @@ def mindspore_dtype(value: Any) -> ms.Type:
     """
     if isinstance(value, str):
         value = _DTYPES.get(value.removeprefix("torch."), value)
-    if value not in _NUMPY:
+    if value not in _DTYPES.values():
         raise ConfigError(f"dtype: {value!r}, expected one of {', '.join(_DTYPES)}")
     return value
 
@@ -60,10 +55,11 @@ class NativeGraphs:
     ) -> None:
         self._model = model
         self._cells: dict[tuple, nn.Cell] = {}
-        self._caches: dict[tuple, CacheBinding] = {}
+        self._caches: dict[tuple, Binding] = {}
         self.contexts: Sequence[int] = contexts(max_context)
         self.patches: Sequence[int] = patch_buckets(patches)
         self.chunk = min(chunk, max_context)
+        self.together = holds_a_batch(model.kernels.cache_shapes(1, 1, 1)[0])
 
     def batch(self, rows: int) -> int:
         return rows
@@ -71,7 +67,7 @@ class NativeGraphs:
     def _cell(self, key: tuple, build: Callable[[], nn.Cell]) -> nn.Cell:
         if key not in self._cells:
             self._model.check_weights()
-            self._cells[key] = build().set_train(False)
+            self._cells[key] = running.prepared(build())
         return self._cells[key]
 
     def vision(self, patches: int, inputs: Arrays, taps: bool) -> list[np.ndarray]:
@@ -80,13 +76,13 @@ class NativeGraphs:
             ("vision", patches, taps),
             lambda: VisionGraph(m.vision_tower, m.multi_modal_projector, m.model_config, taps),
         )
-        return run_cell(cell, vision_inputs(m.model_config, patches), inputs)
+        return self._run(cell, vision_inputs(m.model_config, patches), inputs)
 
     def text(
         self,
         tokens: int,
         context: int,
-        rows: Sequence[RowCache],
+        rows: Sequence[CacheRow],
         inputs: Arrays,
         all_logits: bool,
         taps: bool,
@@ -98,21 +94,18 @@ class NativeGraphs:
         cell = self._cell(
             key,
             lambda: graph(
-                m.language_model, m.kernels, m.model_config, batch, tokens, context, ms.float32, taps
+                m.language_model, m.kernels, m.model_config, batch, tokens, context, m.held_dtype, taps
             ),
         )
         if key not in self._caches:
-            self._caches[key] = CacheBinding(cell.caches, context)
+            self._caches[key] = bind(cell.caches, context)
         with self._caches[key].holding(rows, tokens):
-            return run_cell(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
+            return self._run(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
 
-
-def run_cell(cell: nn.Cell, names: Iterable[str], inputs: Arrays) -> list[np.ndarray]:
-    """Run a compiled or a reloaded cell in graph mode, whatever the caller's mode is."""
-    tensors = [ms.Tensor.from_numpy(np.ascontiguousarray(inputs[name])) for name in names]
-    run = cell if isinstance(cell, nn.GraphCell) else cell.compile_and_run
-    out = run(*tensors)
-    return [t.asnumpy() for t in (out if isinstance(out, tuple) else (out,))]
+    def _run(self, cell: nn.Cell, ports: Ports, inputs: Arrays) -> list[np.ndarray]:
+        held = running.name(self._model.held_dtype)
+        dtypes = {name: held if dtype == "float" else dtype for name, (_, dtype) in ports.items()}
+        return running.run_cell(cell, dtypes, inputs)
 
 
 class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
@@ -128,7 +121,8 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         max_context: tokens of the largest cache; default min(4096, max_position_embeddings).
         prefill_chunk: tokens that one prefill graph takes.
         max_image_patches: patches of the largest vision graph; default: what `in_token_limit` needs.
-        kernels: backend of the operators, see `modeling.kernels`.
+        kernels: backend of the operators, see `modeling.kernels`; default: that of MindSpore's device, "ascend" on
+            Ascend and else "plain".
     """
 
     def __init__(
@@ -138,7 +132,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         max_context: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         max_image_patches: int | None = None,
-        kernels: str = "plain",
+        kernels: str | None = None,
     ) -> None:
         super().__init__(auto_prefix=True)
         self.config = config
@@ -153,8 +147,8 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         if prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk: {prefill_chunk}, expected a positive number")
         self.dtype = mindspore_dtype(model_config.dtype if dtype is None else dtype)
-        self.kernels = get_kernels(kernels)
-        held = self.kernels.parameter_dtype(self.dtype)
+        self.kernels = get_kernels(kernels or ("ascend" if running.device() == running.ASCEND else "plain"))
+        held = self.held_dtype = self.kernels.parameter_dtype(self.dtype)
         self.vision_tower = MoonViT(self.kernels, held, model_config.vision)
         self.multi_modal_projector = Projector(self.kernels, held, model_config)
         self.language_model = LanguageModel(self.kernels, held, model_config.text)
@@ -195,6 +189,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         max_context: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         max_image_patches: int | None = None,
+        kernels: str | None = None,
         output_loading_info: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -225,6 +220,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
                 max_context=max_context,
                 prefill_chunk=prefill_chunk,
                 max_image_patches=max_image_patches or largest_image(limit),
+                kernels=kernels,
             )
         info = model.load_weights(weights)
         model.generation_config = generation_settings(weights.directory, model.model_config)
@@ -245,10 +241,10 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
                     f"{name}: shape {tuple(array.shape)}, expected {tuple(parameter.shape)} from the configuration"
                 )
             if not name.endswith(("mlp.gate.weight", "mlp.gate.e_score_correction_bias")):
-                array = array.astype(_NUMPY[asked], copy=False)
-            held = array.astype(_NUMPY[parameter.dtype], copy=False)
-            widened |= held is not array
-            parameter.set_data(ms.Tensor.from_numpy(np.ascontiguousarray(held)))
+                array = array.astype(running.NUMPY[running.name(asked)], copy=False)
+            held = running.name(parameter.dtype)
+            widened |= array.dtype != running.NUMPY[held]
+            parameter.set_data(running.tensor(array, held))
         if missing:
             raise ConfigError(
                 f"{weights.directory}: has no tensor for {missing[0]}"
@@ -274,8 +270,8 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
             else:
                 a = rng.standard_normal(p.shape, np.float32) * np.float32(std)
             if p.dtype == ms.float32:
-                a = a.astype(_NUMPY[self.dtype]).astype(np.float32)
-            p.set_data(ms.Tensor.from_numpy(a.astype(_NUMPY[p.dtype], copy=False)))
+                a = a.astype(running.NUMPY[running.name(self.dtype)])
+            p.set_data(running.tensor(a, running.name(p.dtype)))
 
     def check_weights(self) -> None:
         """Raises ConfigError if a parameter was never filled: its memory would be arbitrary."""
@@ -284,7 +280,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
                 raise ConfigError(f"{name}: has no data; load a checkpoint before running the model")
 
     def array(self, name: str) -> np.ndarray:
-        return self.parameters_dict()[name].asnumpy()
+        return running.array(self.parameters_dict()[name])
 
 
 def _one_dtype(*values: Any) -> Any:

@@ -21,6 +21,11 @@ def cache_of_batch(batch: int, context: int, width: int) -> list[tuple[int, ...]
     return [(batch, 1, context, width)]
 
 
+def holds_a_batch(cache: tuple[int, ...]) -> bool:
+    """Whether a cache parameter of this shape is for all rows of a batch."""
+    return len(cache) == 4
+
+
 def vision_inputs(config: ModelConfig, patches: int) -> Ports:
     """Of a vision graph."""
     half = config.vision.head_dim // 2

@@ -29,12 +29,18 @@ import click
 @click.option("--repetition-penalty", default=1.0, type=click.FloatRange(min=0, min_open=True))
 @click.option("--seed", type=int, help="Of the sampling; default: another one each time.")
 @click.option("--max-context", type=click.IntRange(min=1), help="Tokens of the cache; a bundle has its own.")
+@click.option(
+    "--device",
+    type=click.Choice(["CPU", "Ascend"], case_sensitive=False),
+    help="Where to run; default: what MindSpore chooses.",
+)
 def main(
     src: str,
     images: tuple[str, ...],
     prompt: str,
     system: str | None,
     max_context: int | None,
+    device: str | None,
     **sampling: Any,
 ) -> None:
     """Print the model's answer as it is generated.
@@ -43,7 +49,10 @@ def main(
     Examples:
       python scripts/generate.py --image photo.png --prompt "Describe the picture."
       python scripts/generate.py --model ./mindir --prompt "Hello!"
+      python scripts/generate.py --model ./ckpt --device Ascend --prompt "Hello!"
     """
+    if device is not None:
+        choose(device)
     from transformers import TextStreamer
 
     from kimi_vl import KimiVLProcessor
@@ -67,6 +76,22 @@ def main(
     )
 
 
+def choose(device: str) -> None:
+    """Let MindSpore run on `device`. Raises EnvironmentProblem: it cannot."""
+    import mindspore as ms
+
+    from kimi_vl.convert import EnvironmentProblem
+
+    try:
+        ms.set_device(device)
+    except RuntimeError as e:
+        reason = str(e).strip().splitlines()[0].split(". ")[0]
+        raise EnvironmentProblem(
+            f"mindspore on this machine has no {device} support ({reason}); install the MindSpore and CANN for it, or "
+            "leave --device out"
+        ) from None
+
+
 def directory(src: str) -> str:
     """Where the processor's files are."""
     from kimi_vl import nano_path
@@ -87,8 +112,13 @@ def load(src: str, max_context: int | None) -> Any:
 
 
 if __name__ == "__main__":
+    from kimi_vl.convert import EnvironmentProblem
+
     try:
         main()
+    except EnvironmentProblem as e:
+        print(f"generate: {e}", file=sys.stderr)
+        sys.exit(3)
     except (ValueError, OSError) as e:  # bad input: one sentence, no traceback
         print(f"generate: {e}", file=sys.stderr)
         sys.exit(2)

@@ -16,3 +16,14 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_memory_of_what_was_checked(tmp_path_factory):
+    """The user's cache directory is left alone."""
+    from kimi_vl.export import verified
+
+    path = tmp_path_factory.mktemp("verified")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verified, "directory", lambda: path)
+        yield

@@ -106,3 +106,12 @@ def test_no_machine_path_is_written_down():
     if done.returncode == 128:
         pytest.skip("not a git checkout")
     assert done.stdout == ""
+
+
+def test_generate_says_in_one_sentence_that_there_is_no_device():
+    script = Path(__file__).parent.parent / "scripts" / "generate.py"
+    command = [sys.executable, str(script), "--device", "Ascend", "--prompt", "Hello!"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3 and done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if line.startswith("generate: ")]
+    assert len(said) == 1 and "has no Ascend support" in said[0] and "Traceback" not in done.stderr

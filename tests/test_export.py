@@ -15,10 +15,22 @@ from golden import CASES, check_cache, check_case, inputs, load_case
 from mindspore import nn
 
 from kimi_vl.convert.errors import EnvironmentProblem
-from kimi_vl.export import BundleError, ExportError, MindIRModel, export, lint, mindir, plan_export, writing
+from kimi_vl.export import (
+    BundleError,
+    ExportError,
+    MindIRModel,
+    export,
+    lint,
+    mindir,
+    plan_export,
+    verified,
+    writing,
+)
 from kimi_vl.export.bundle import Bundle
 from kimi_vl.export.plan import TARGETS, open_converted
 from kimi_vl.export.trace import Tracer
+from kimi_vl.export.weights import SharedWeights
+from kimi_vl.modeling import running
 from kimi_vl.modeling.buckets import TooLongError
 from kimi_vl.modeling.modeling_kimi_vl import _has_data
 
@@ -288,6 +300,15 @@ def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
         assert np.shares_memory(held, model.weights._stored(name)) == (checkpoint == FP32)
 
 
+def test_each_weight_is_brought_to_a_device_once(monkeypatch):
+    brought = []
+    monkeypatch.setattr(running, "on_device", lambda tensor: (brought.append(tensor), tensor)[1])
+    model, case = MindIRModel.from_bundle(bundles.bundle(FP32)), load_case(FP32, "image")
+    model.generate(**inputs(case), max_new_tokens=2)
+    assert {g._record.kind for g in model.engine.graphs._graphs.values()} == {"vision", "prefill", "decode"}
+    assert len(brought) == len(model.bundle.weights)
+
+
 def test_plain_mindspore_loads_a_graph_of_fp32_weights():
     directory, model = bundles.bundle(FP32), loaded(FP32)
     record = model.bundle.graphs["vision-64"]
@@ -327,7 +348,7 @@ def flip_tensor(directory: Path, name: str) -> None:
 
 
 def other_shard(directory: Path) -> None:
-    """The shard of another model: of one layer's weights, another's."""
+    """Of one layer's weights, another's."""
     weights = Bundle.load(directory).weights
     content = bytearray(shard(directory).read_bytes())
     a, b = (weights[f"language_model.model.layers.{i}.input_layernorm.weight"] for i in (0, 1))
@@ -335,19 +356,37 @@ def other_shard(directory: Path) -> None:
     shard(directory).write_bytes(content)
 
 
-def link_out(directory: Path) -> None:
-    file = directory / "config.json"
-    file.rename(directory.parent / "config.json")
-    file.symlink_to(directory.parent / "config.json")
+def shard_of_its_shape(directory: Path) -> None:
+    """The shard of another model whose header and small tensors are the same."""
+    content = bytearray(shard(directory).read_bytes())
+    for record in Bundle.load(directory).weights.values():
+        if record.nbytes > LARGE:
+            tensor = np.frombuffer(content, np.uint8, record.nbytes, record.offset)
+            tensor[:] = np.roll(tensor, 4)
+    shard(directory).write_bytes(content)
 
 
-def misplace(directory: Path) -> None:
-    """A graph that finds one weight's data where another's is."""
+def link_out(file: Path) -> None:
+    outside = file.parent.parent / file.name
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+def point_wrongly(directory: Path, **changes: int) -> None:
+    """A graph that finds other data for a weight than the manifest says."""
     path = directory / "vision-64.mindir"
     model = mindir.read(path)
-    model.graph.parameter[0].external_data.offset += 64
+    place = model.graph.parameter[0].external_data
+    for field, change in changes.items():
+        setattr(place, field, getattr(place, field) + change)
     path.write_bytes(mindir.serialise(model))
     bundles.edit(directory, lambda m: None)
+
+
+def graph_of_another(directory: Path, manifest_too: bool = False) -> None:
+    shutil.copyfile(bundles.bundle(BF16) / "decode-256.mindir", directory / "decode-256.mindir")
+    if manifest_too:
+        bundles.edit(directory, lambda m: None)
 
 
 def drop_weight(manifest: dict) -> None:
@@ -362,6 +401,7 @@ def set_cache(manifest: dict) -> None:
     manifest["graphs"]["decode-256"]["caches"][0]["shape"] = [128, 64]
 
 
+LARGE = 1 << 16  # bytes; a tensor up to this is read at every load
 BIG = "language_model.model.layers.1.mlp.experts.gate_up_proj"
 SMALL = "language_model.model.norm.weight"
 DAMAGE = {
@@ -382,8 +422,25 @@ DAMAGE = {
         lambda d: flip_tensor(d, SMALL),
         f"{SMALL} is damaged or another model's",
     ),
-    "another model's shard": (other_shard, "layers.0.input_layernorm.weight is damaged or another model's"),
-    "a link out of the bundle": (link_out, "config.json: is a link to .*, outside the bundle"),
+    "a flipped bit in a large tensor": (
+        lambda d: flip_tensor(d, BIG),
+        f"{BIG} is damaged or another model's",
+    ),
+    "another model's shard of the same shapes": (shard_of_its_shape, "is damaged or another model's"),
+    "another layer's weights": (other_shard, "layers.0.input_layernorm.weight is damaged or another model's"),
+    "a file that is a link out of the bundle": (
+        lambda d: link_out(d / "config.json"),
+        "config.json: is a link to .*, outside the bundle",
+    ),
+    "a shard that is a link out of the bundle": (
+        lambda d: link_out(shard(d)),
+        "safetensors: is a link to .*, outside the bundle",
+    ),
+    "another bundle's graph": (graph_of_another, "decode-256.mindir: has|decode-256.mindir: is not the file"),
+    "another bundle's graph, with a manifest that says so": (
+        lambda d: graph_of_another(d, manifest_too=True),
+        "decode-256.mindir: does not take cache.0.1, which bundle.json names",
+    ),
     "no manifest": (lambda d: (d / "bundle.json").unlink(), "has no bundle.json"),
     "half a manifest": (lambda d: os.truncate(d / "bundle.json", 999), "bundle.json: is not valid JSON"),
     "another JSON": (lambda d: (d / "bundle.json").write_text("[]"), "is no manifest of a bundle"),
@@ -415,7 +472,14 @@ DAMAGE = {
         lambda d: bundles.edit(d, lambda m: m["weights"][SMALL].update(nbytes=4)),
         f"weights.{SMALL} has 4 bytes",
     ),
-    "a graph that points elsewhere": (misplace, "vision-64.mindir: .* is not where bundle.json says"),
+    "a wrong offset in a graph": (
+        lambda d: point_wrongly(d, offset=64),
+        "vision-64.mindir: .* is not where bundle.json says",
+    ),
+    "a wrong length in a graph": (
+        lambda d: point_wrongly(d, length=-64),
+        "vision-64.mindir: .* is not where bundle.json says",
+    ),
     "a parameter without data": (
         lambda d: bundles.edit(d, drop_weight),
         "linear_1.bias is not where bundle.json says",
@@ -439,16 +503,118 @@ def test_damage_is_named_before_a_graph_runs(damage, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_damage_of_large_tensors_is_found_when_asked(tmp_path):
+def test_a_parameter_that_no_shard_has_is_named(tmp_path):
+    directory = bundles.copy(BF16, tmp_path / "mindir")  # its graphs point at no data of their own
+    bundles.edit(directory, drop_weight)
+    case = load_case(BF16, "image")
+    with pytest.raises(BundleError, match=r"vision-64.mindir: .*linear_1.bias has no data in the bundle"):
+        MindIRModel.from_bundle(directory).generate(**inputs(case), max_new_tokens=2)
+
+
+# What was checked is remembered --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(tmp_path, monkeypatch) -> Path:
+    """A bundle whose files are old enough."""
+    monkeypatch.setattr(verified, "SETTLED", 0.0)
+    return bundles.copy(FP32, tmp_path / "mindir")
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """Names of tensors that were read to be checked."""
+    names: list[str] = []
+    content = SharedWeights._content
+    monkeypatch.setattr(
+        SharedWeights, "_content", lambda self, name: (names.append(name), content(self, name))[1]
+    )
+    return names
+
+
+def test_large_tensors_are_read_by_the_first_load_only(settled, read):
+    everything = set(Bundle.load(settled).weights)
+    MindIRModel.from_bundle(settled)
+    assert set(read) == everything
+    for verify, again in ((None, False), (False, False), (True, True)):
+        read.clear()
+        MindIRModel.from_bundle(settled, verify=verify)
+        assert (BIG in read) == again and SMALL in read
+    link = settled.parent / "moved"
+    settled.rename(link)
+    read.clear()
+    MindIRModel.from_bundle(link)
+    assert BIG not in read
+
+
+def test_verify_false_reads_no_large_tensor(tmp_path, read):
     directory = bundles.copy(FP32, tmp_path / "mindir")
-    assert Bundle.load(directory).weights[BIG].nbytes > 1 << 16
     flip_tensor(directory, BIG)
-    MindIRModel.from_bundle(directory)
+    MindIRModel.from_bundle(directory, verify=False)
+    assert BIG not in read
+
+
+def touch_in_place(path: Path, at: int) -> None:
+    """Damage that keeps the size, the inode and the date of the file."""
+    before = path.stat()
+    with open(path, "r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_ino, after.st_mtime_ns) == (
+        before.st_size,
+        before.st_ino,
+        before.st_mtime_ns,
+    )
+
+
+def test_a_file_that_changed_is_read_again_whatever_its_date(settled):
+    MindIRModel.from_bundle(settled)
+    touch_in_place(shard(settled), Bundle.load(settled).weights[BIG].offset)
     with pytest.raises(BundleError, match=f"{BIG} is damaged or another model's"):
-        MindIRModel.from_bundle(directory, verify=True)
+        MindIRModel.from_bundle(settled)
+
+
+def test_what_another_manifest_says_of_the_same_file_is_not_believed(settled):
+    MindIRModel.from_bundle(settled)
+    bundles.edit(settled, lambda m: m["weights"][BIG].update(hash="0" * 64))
+    with pytest.raises(BundleError, match=f"{BIG} is damaged or another model's"):
+        MindIRModel.from_bundle(settled)
+
+
+def test_a_file_that_just_changed_is_not_remembered(tmp_path, read):
+    directory = bundles.copy(FP32, tmp_path / "mindir")
+    for _ in range(2):
+        read.clear()
+        MindIRModel.from_bundle(directory)
+        assert BIG in read
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged_does_no_harm(settled, read, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setattr(verified, "directory", lambda: tmp_path / "file")
+    for _ in range(2):
+        read.clear()
+        MindIRModel.from_bundle(settled)
+        assert BIG in read
+    monkeypatch.setattr(verified, "directory", lambda: tmp_path / "claims")
+    MindIRModel.from_bundle(settled)
+    for claim in (tmp_path / "claims").iterdir():
+        claim.write_text("{")
+    read.clear()
+    MindIRModel.from_bundle(settled)
+    assert BIG in read
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_bundle_for_another_device_is_refused(monkeypatch):
-    monkeypatch.setattr(ms, "get_context", lambda _: "Ascend")
-    with pytest.raises(BundleError, match="is for cpu, but MindSpore runs on Ascend"):
+    monkeypatch.setattr(running, "device", lambda: "Ascend")
+    with pytest.raises(
+        BundleError, match="is for cpu, but MindSpore runs on Ascend; export with --target ascend"
+    ):
         MindIRModel.from_bundle(bundles.bundle(FP32))

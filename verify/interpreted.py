@@ -31,7 +31,7 @@ class InterpretedModel(MindIRModel):
 
     @classmethod
     def from_bundle(
-        cls, directory: str | Path, verify: bool = False, arithmetic: Arithmetic = "lifted"
+        cls, directory: str | Path, verify: bool | None = None, arithmetic: Arithmetic = "lifted"
     ) -> InterpretedModel:
         """A bundle, checked against its manifest as :meth:`MindIRModel.from_bundle` does.
 
@@ -43,7 +43,7 @@ class InterpretedModel(MindIRModel):
         """
         path = Path(directory)
         bundle = Bundle.load(path)
-        check_files(path, bundle, verify)
+        check_files(path, bundle, bool(verify))
         return cls(path, bundle, SharedWeights(path, bundle, verify), arithmetic)
 
 
