@@ -71,6 +71,14 @@ class MappedFile:
         flat = np.frombuffer(self._map, info.dtype, info.nbytes // info.dtype.itemsize, info.offset)
         return flat.reshape(info.shape)
 
+    def forget(self, name: str) -> None:
+        """Takes a tensor's pages out of this process's memory; another look at it maps them again. Raises KeyError."""
+        info = self.tensors[name]
+        assert self._map, f"{self.name} is not there"
+        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from `offset` on. Raises OSError, ConversionError: the file has become shorter."""
         read_at(self._descriptor, offset, buffer, self.name)

@@ -110,7 +110,11 @@ class SharedWeights:
     def array(self, name: str) -> np.ndarray:
         """A tensor in the graphs' dtype, without MindSpore's hold on it. Raises KeyError."""
         stored = self._stored(name)
-        return stored if self._dtype is None else stored.astype(self._dtype, copy=False)
+        if self._dtype is None or stored.dtype == self._dtype:
+            return stored
+        widened = stored.astype(self._dtype)
+        self._shards[self._records[name].file].forget(name)  # or it would be held in both dtypes
+        return widened
 
     def tensor(self, name: str) -> ms.Tensor:
         """A tensor in the graphs' dtype, the same one every time. Raises KeyError."""

@@ -22,6 +22,7 @@ from checkpoints import (
 )
 from click.testing import CliRunner
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from kimi_vl.convert import (
     ConversionError,
@@ -35,6 +36,7 @@ from kimi_vl.convert import (
 )
 from kimi_vl.convert.cli import cli
 from kimi_vl.convert.manifest import Manifest
+from kimi_vl.convert.safetensors_file import SafetensorsFile
 from kimi_vl.modeling.configuration import ConfigError
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -805,3 +807,20 @@ def test_the_way_back_checks_what_it_is_told(converted, tmp_path, change):
     with pytest.raises(ConversionError):
         revert(converted, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_mapped_tensor_can_be_forgotten_and_looked_at_again(tmp_path):
+    held = np.arange(4 << 20, dtype=np.float32)
+    save_file({"a": held[:1], "b": held}, tmp_path / SHARD)
+    file = SafetensorsFile(tmp_path / SHARD)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) * 1024
+
+    view, before = file.array("b"), resident()
+    assert view.sum() == held.sum()
+    looked_at = resident()
+    file.forget("b")
+    assert looked_at - before > 0.9 * held.nbytes and resident() - before < 0.1 * held.nbytes
+    assert np.array_equal(view, held) and file.array("a")[0] == held[0]

@@ -15,6 +15,7 @@ from golden import CASES, check_cache, check_case, inputs, load_case
 from mindspore import nn
 
 from kimi_vl.convert.errors import EnvironmentProblem
+from kimi_vl.convert.safetensors_file import SafetensorsFile
 from kimi_vl.export import (
     BundleError,
     ExportError,
@@ -307,6 +308,16 @@ def test_each_weight_is_brought_to_a_device_once(monkeypatch):
     model.generate(**inputs(case), max_new_tokens=2)
     assert {g._record.kind for g in model.engine.graphs._graphs.values()} == {"vision", "prefill", "decode"}
     assert len(brought) == len(model.bundle.weights)
+
+
+@pytest.mark.parametrize("checkpoint, widened", [(BF16, True), (FP32, False)])
+def test_what_is_widened_is_not_held_as_stored_too(checkpoint, widened, monkeypatch):
+    weights = SharedWeights(bundles.bundle(checkpoint), Bundle.load(bundles.bundle(checkpoint)))
+    forgotten: list[str] = []
+    monkeypatch.setattr(SafetensorsFile, "forget", lambda _, name: forgotten.append(name))
+    weights.tensor("language_model.lm_head.weight")
+    weights.tensor("language_model.model.layers.1.mlp.gate.weight")  # fp32 in every checkpoint
+    assert forgotten == ["language_model.lm_head.weight"] * widened
 
 
 def test_plain_mindspore_loads_a_graph_of_fp32_weights():
