@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
 import bundles
 import numpy as np
 import pytest
-from golden import check_cache, check_case, inputs, load_case, rel_l2
+from click.testing import CliRunner
+from golden import DATA, check_cache, check_case, inputs, load_case, rel_l2
 
 from kimi_vl.export import export, plan_export
 from kimi_vl.export.plan import open_converted
+from kimi_vl.verify.cli import cli
 from kimi_vl.verify.interpreted import InterpretedModel
 
 BF16 = "tiny8-bf16"
@@ -62,6 +65,21 @@ def test_rounded_to_bf16_at_every_operator_it_is_as_far_from_fp32_as_torchs_bf16
     model = InterpretedModel.from_bundle(bundle(), arithmetic="rounded")
     distance = rel_l2(model(**inputs(golden)).logits.asnumpy(), golden["logits"])
     assert 0 < distance**2 <= 4 * float(golden["bf16_nmse"])
+
+
+def test_verify_parity_judges_it_rounded_by_what_rounding_costs_torch(tmp_path):
+    arguments = ["--reference", DATA / BF16, "--candidate", bundle(), "--report", tmp_path]
+    arguments += ["--arithmetic", "rounded", "--cases", "image", "--cases", "pieces"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "PASSED" in result.stdout and "results rounded to bfloat16" in result.stdout
+    assert "unwitnessed operators: FusedInferAttentionScore;" in result.stdout
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert (
+        saved["candidate"]["arithmetic"] == "rounded" and saved["cases"][0]["calibration"]["logits"]["kl"] > 0
+    )
+    again = CliRunner().invoke(cli, ["judge", str(tmp_path / "run.json")])
+    assert again.exit_code == 0 and "checks of profile bf16 hold" in again.stdout
 
 
 def test_a_wrong_weight_is_seen():

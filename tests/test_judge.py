@@ -389,7 +389,7 @@ def test_a_profile_that_cannot_be_understood_is_refused(tmp_path, content, says)
 
 
 def test_an_unknown_profile_is_refused():
-    with pytest.raises(ProfileError, match="there is no 'strikt'; give one of strict"):
+    with pytest.raises(ProfileError, match="there is no 'strikt'; give one of bf16, strict"):
         load_profile("strikt")
 
 

@@ -1,7 +1,7 @@
 """The interpreter's rules of operators that only a device runs: traced as bundles are, against a second witness.
 
-Each test says which: an example of MindSpore's docstring, whose printed values are in the test, or a second formulation
-that shares nothing with the rule.
+Each test says which: an example of MindSpore's docstring, whose printed values are in the test, what a published test of
+the operator expects, or a second formulation that shares nothing with the rule.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 from mindspore import mint, nn, ops
 from mindspore.ops import auto_generate as G
 from torch.nn import functional as F
-from traced import Apply, interpret, interpreter, run
+from traced import Apply, interpret, interpreter, run, trace
 
 from kimi_vl.modeling.parameters import empty_parameter
-from kimi_vl.verify.mindir import InterpreterError
+from kimi_vl.verify.mindir import InterpreterError, read_graph
+from kimi_vl.verify.mindir.rules import RULES
+from kimi_vl.verify.mindir.witnesses import TORCH, WITNESSES, unwitnessed
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 BF16 = ml_dtypes.bfloat16
@@ -185,6 +187,55 @@ def test_moe_init_routing_docstring():
     expanded, rows, *_ = interpret(Routing(3, 2, 3, 1, 0, False), x, experts)
     close(expanded, [[x[0], x[2]], [x[0], x[0]], [x[1], 0 * x[1]]])
     assert rows.tolist() == [0, 2, 3, 4, -1, -1, 1, -1, -1]
+
+
+class IndexCopy(nn.Cell):
+    def __init__(self, shape=(6, 4), dtype=ms.bfloat16):
+        super().__init__()
+        self.cache = empty_parameter(shape, dtype, "cache")
+
+    def construct(self, indices, rows):
+        return G.InplaceIndexCopy()(self.cache, 0, indices, rows)
+
+
+def test_index_copy_docstring():
+    cache, rows = np.ones((5, 3), np.float32), np.arange(1, 10, dtype=np.float32).reshape(3, 3)
+    cell = IndexCopy((5, 3), ms.float32)
+    (got,) = interpret(cell, np.array([4, 0, 2]), rows, parameters={"cache": cache})
+    close(got, [[4, 5, 6], [1, 1, 1], [7, 8, 9], [1, 1, 1], [1, 2, 3]])
+
+
+# Published operator tests --------------------------------------------------------------------------------------------
+
+
+def test_moe_token_unpermute_as_mindspores_device_test_expects():
+    """tests/st/ops, test_moe_token_unpermute."""
+    permuted = np.array([[1], [0], [0], [3], [2], [1], [2], [3]], BF16) * np.ones(3, BF16)
+    probs = np.full((4, 2), 0.5, BF16)
+    (got,) = interpret(
+        Apply(ops.moe_token_unpermute), permuted, np.array([0, 6, 7, 5, 3, 1, 2, 4], np.int32), probs
+    )
+    close(got, np.array([[1.5], [2.0], [1.5], [1.0]]) * np.ones(3))
+
+
+@pytest.mark.parametrize(("flag", "numbers"), [(1, [2, 4, 6]), (2, [2, 2, 2])])
+def test_dropless_routing_as_canns_operator_test_has_it(flag, numbers):
+    """The data of the example in aclnnMoeInitRoutingV2's document; the numbers that moe_init_routing_v2/tests/st gives."""
+    x = np.array([[0.1], [0.2], [0.3]], np.float32) * np.ones(4, np.float32)
+    experts = np.array([[1, 2], [0, 1], [0, 2]], np.int32)
+    expanded, rows, counts, _ = interpret(Routing(0, 0, 3, 0, flag, False), x, experts)
+    close(expanded, x[[1, 2, 0, 1, 0, 2]])
+    assert rows.tolist() == [2, 4, 0, 3, 1, 5] and counts.tolist() == numbers
+
+
+def test_a_cache_write_as_mindspores_device_test_expects():
+    """The data of the example of aclnnInplaceScatterUpdate, what test_kv_cache_scatter_update in tests/st/ops makes of it."""
+    cache = np.repeat(np.array([1, 2], np.float32), 8).reshape(1, 1, 2, 8)
+    rows = np.full((1, 1, 1, 8), 3, np.float32)
+    cell = CacheWrite(-2, (1, 1, 2, 8), ms.float32)
+    made = interpreter(cell, np.array([1]), rows, parameters={"cache": cache})
+    run(made, np.array([1]), rows)
+    np.testing.assert_array_equal(made.parameters.read("cache")[0, 0], [[1] * 8, [3] * 8])
 
 
 # Second formulations: experts ----------------------------------------------------------------------------------------
@@ -526,9 +577,9 @@ def test_rotary_embedding_is_a_complex_product(mode):
 
 
 class CacheWrite(nn.Cell):
-    def __init__(self, axis):
+    def __init__(self, axis, shape=(2, 1, 8, 4), dtype=ms.bfloat16):
         super().__init__()
-        self.cache = empty_parameter((2, 1, 8, 4), ms.bfloat16, "cache")
+        self.cache = empty_parameter(shape, dtype, "cache")
         self.axis = axis
 
     def construct(self, start, rows):
@@ -554,15 +605,6 @@ def test_cache_rows_are_written_from_each_rows_start_and_stay(axis, shape):
     again = run(made, np.array([0, 0]), 0 * rows)[1]
     assert (again.take(range(shape[axis]), axis) == 0).all()
     assert not np.array_equal(again, 0 * again)  # what the first call wrote further on is still there
-
-
-class IndexCopy(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.cache = empty_parameter((6, 4), ms.bfloat16, "cache")
-
-    def construct(self, indices, rows):
-        return G.InplaceIndexCopy()(self.cache, 0, indices, rows)
 
 
 def test_index_copy_puts_rows_where_the_indices_say():
@@ -606,23 +648,37 @@ class Mint(nn.Cell):
             mint.nn.functional.gelu(x, approximate="tanh"), mint.nn.functional.silu(x), mint.index_select(x, 0, ids),
             mint.split(x, (1, 7), 1)[1], mint.chunk(x, 2, -1)[0], mint.nn.functional.embedding(ids, x),
             mint.nn.functional.one_hot(ids, 5), mint.cumsum(ids, 0), mint.sort(x, dim=1, descending=True)[0],
-            mint.nn.functional.layer_norm(x, (8,), b, b, 1e-5), mint.add(x, x, alpha=2), mint.sub(x, x, alpha=3),
+            mint.nn.functional.layer_norm(x, (8,), b, b, 1e-5), mint.nn.functional.pad(x, (1, 2), value=3.0), mint.add(x, x, alpha=2), mint.sub(x, x, alpha=3),
             ops.tanh(x),
         )  # fmt: skip
 
 
+MINT = normal(4, 8), normal(8, 8), normal(8), np.array([3, 0, 3])
+
+
 def test_operators_of_mint_are_torchs():
-    x, w, b, ids = normal(4, 8), normal(8, 8), normal(8), np.array([3, 0, 3])
+    x, w, b, ids = MINT
     got = interpret(Mint(), x, w, b, ids)
     x, w, b, ids = map(tensor, (x, w, b, ids))
     want = (
         x @ w.T, (x @ w.T)[None], F.linear(x, w, b), x.sum(-1, keepdim=True), x.mean(0), F.gelu(x, approximate="tanh"),
         F.silu(x), x[ids], x[:, 1:], x[:, :4], x[ids], F.one_hot(ids, 5), ids.cumsum(0),
-        x.sort(dim=1, descending=True)[0], F.layer_norm(x, (8,), b, b, 1e-5), 3 * x, -2 * x,
+        x.sort(dim=1, descending=True)[0], F.layer_norm(x, (8,), b, b, 1e-5), F.pad(x, (1, 2), value=3.0), 3 * x, -2 * x,
         torch.tanh(x),
     )  # fmt: skip
     for g, w in zip(got, want, strict=True):
         close(g, w, 1e-5)
+
+
+def test_the_table_of_witnesses_names_what_was_held_against_torch():
+    named = {o for o, witness in WITNESSES.items() if witness == TORCH}
+    assert named <= read_graph(trace(Mint(), *MINT)).operators
+    assert set(WITNESSES) <= set(RULES)
+
+
+def test_what_has_no_witness_beside_us_is_named():
+    used = ["TupleGetItem", "FusedInferAttentionScore", "MatMul", "GroupedMatmulV2", "MatMul"]
+    assert unwitnessed(used) == ["FusedInferAttentionScore", "GroupedMatmulV2"]
 
 
 # Rounding ------------------------------------------------------------------------------------------------------------

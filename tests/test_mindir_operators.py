@@ -6,7 +6,11 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn, ops
-from traced import Apply, interpret
+from traced import Apply, interpret, trace
+
+from kimi_vl.verify.mindir import read_graph
+from kimi_vl.verify.mindir.rules import RULES
+from kimi_vl.verify.mindir.witnesses import KERNEL, WITNESSES
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 RNG = np.random.default_rng(0)
@@ -190,3 +194,8 @@ def test_what_an_operator_gives_is_what_its_cpu_kernel_gives(name):
     for g, w in zip(got, want):
         assert g.dtype == w.dtype
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=2e-6)  # MindSpore's own exp is off by 3e-6
+
+
+def test_the_table_of_witnesses_names_what_was_run_beside_a_kernel():
+    run = set().union(*(read_graph(trace(cell, *arrays)).operators for cell, *arrays in CASES.values()))
+    assert {o for o, witness in WITNESSES.items() if witness == KERNEL} == run & set(RULES)

@@ -94,9 +94,13 @@ def test_a_bundle_for_a_device_is_interpreted_and_only_a_bundle_can_be(tmp_path)
     assert candidates.inspect(other, through="mindspore").stage == "bundle"
     assert candidates.inspect(bundles.bundle("tiny8-bf16")).stage == "bundle"
     dry = ("--reference", TINY, "--dry-run")
-    assert "(bundle, interpreted)" in invoke(*dry, "--candidate", other).stdout
+    assert "(bundle, interpreted, lifted)" in invoke(*dry, "--candidate", other).stdout
     refused = invoke(*dry, "--candidate", TINY, "--through", "interpreter")
     assert refused.exit_code == 2 and "--through:" in refused.stderr and "is no bundle" in refused.stderr
+    wide = invoke(*dry, "--candidate", bundles.bundle("tiny8-bf16"), "--arithmetic", "rounded")
+    assert wide.exit_code == 2 and "cannot be rounded, MindSpore runs its graphs" in wide.stderr
+    wide = invoke(*dry, "--candidate", other, "--arithmetic", "rounded")
+    assert wide.exit_code == 2 and "cannot be rounded, its graphs compute in float32" in wide.stderr
 
 
 def test_a_bundle_without_taps_passes_and_says_what_was_not_judged(tmp_path):
@@ -242,9 +246,10 @@ BOTH = ("--reference", TINY, "--candidate", TINY, "--report", "r")
         (("--reference", TINY, "--candidate", TINY), "Missing option '--report'"),
         (("--reference", "absent", *BOTH[2:]), "--reference absent: there is no such directory"),
         ((*BOTH[:2], "--candidate", "absent", *BOTH[4:]), "--candidate absent: there is no such directory"),
-        ((*BOTH, "--profile", "strikt"), "there is no 'strikt'; give one of strict"),
+        ((*BOTH, "--profile", "strikt"), "there is no 'strikt'; give one of bf16, strict"),
         ((*BOTH, "--cases", "txt"), "there is no case 'txt'"),
         ((*BOTH, "--seed", "-1"), "--seed"),
+        ((*BOTH, "--arithmetic", "rounded"), "only interpreted graphs can be rounded"),
         (("judge", "absent.json"), "absent.json: cannot be read"),
         (("judge", str(DATA / "tiny8-bf16" / "config.json")), "is no run of verify-parity"),
     ],

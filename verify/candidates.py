@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -62,6 +62,13 @@ class Found:
     limits: Limits
     taps: bool = True
     interpreted: bool = False
+    rounded: str = (
+        ""  # the dtype that an interpreted bundle's operators are rounded to; empty: arithmetic in fp32
+    )
+
+    @property
+    def arithmetic(self) -> Literal["lifted", "rounded"]:
+        return "rounded" if self.rounded else "lifted"
 
     @property
     def stage(self) -> str:
@@ -70,12 +77,13 @@ class Found:
         return "bundle" if self.kind == "bundle" else "network"
 
 
-def inspect(path: str | Path, through: str | None = None) -> Found:
+def inspect(path: str | Path, through: str | None = None, arithmetic: str = "lifted") -> Found:
     """What kind of candidate a directory is, and what it can take.
 
     Args:
         through: what runs it, "mindspore" or "interpreter". Default: MindSpore, for a bundle of another target than
             this machine's CPU the interpreter.
+        arithmetic: of the interpreter, "lifted" or "rounded".
 
     Raises:
         CandidateError, BundleError: it is none, or its manifest is damaged, or it cannot be run so.
@@ -92,11 +100,19 @@ def inspect(path: str | Path, through: str | None = None) -> Found:
         limits = Limits(bundle.contexts, bundle.prefill_chunk, bundle.patches[-1])
         here = bundle.target == "cpu"
         interpreted = through == "interpreter" or (through is None and not here)
-        return Found(path, "bundle", config, limits, bundle.taps, interpreted)
+        rounded = ""
+        if arithmetic == "rounded":
+            rounded = bundle.parameter_dtype or bundle.dtype
+            if not interpreted or rounded == "float32":
+                why = f"its graphs compute in {rounded}" if interpreted else "MindSpore runs its graphs"
+                raise CandidateError(f"--arithmetic: {path} cannot be rounded, {why}; leave it out")
+        return Found(path, "bundle", config, limits, bundle.taps, interpreted, rounded)
     if through == "interpreter":
         raise CandidateError(
             f"--through: {path} is no bundle, and only graphs of a bundle can be interpreted"
         )
+    if arithmetic == "rounded":
+        raise CandidateError(f"--arithmetic: {path} is no bundle, and only interpreted graphs can be rounded")
     kind = "converted directory" if (path / CONVERTED).is_file() else "published directory"
     return Found(path, kind, config, _network_limits(path, config))
 
@@ -110,7 +126,8 @@ def open_candidate(found: Found) -> Candidate:
     if found.interpreted:
         from .interpreted import InterpretedModel
 
-        return ModelCandidate(InterpretedModel.from_bundle(found.path, verify=True), found)
+        model = InterpretedModel.from_bundle(found.path, verify=True, arithmetic=found.arithmetic)
+        return ModelCandidate(model, found)
     if found.kind == "bundle":
         from ..export import MindIRModel
 
@@ -138,13 +155,21 @@ class ModelCandidate:
     def describe(self) -> dict[str, Any]:
         import mindspore
 
+        more: dict[str, Any] = {}
         where = str(mindspore.get_context("device_target"))
         runs_on = f"MindSpore {mindspore.__version__} on {where}"
         if self.found.interpreted:
             import torch
 
-            where, runs_on = "CPU", f"node by node in Torch {torch.__version__} on CPU, arithmetic in fp32"
-        return {
+            from .mindir.witnesses import unwitnessed
+
+            how = f"results rounded to {self.found.rounded}" if self.found.rounded else "arithmetic in fp32"
+            where, runs_on = "CPU", f"node by node in Torch {torch.__version__} on CPU, {how}"
+            more = {
+                "arithmetic": self.found.arithmetic,
+                "unwitnessed": unwitnessed(self.model.operators),
+            }
+        return more | {
             "kind": self.found.kind,
             "stage": self.found.stage,
             "path": str(self.found.path),

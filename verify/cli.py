@@ -24,6 +24,7 @@ Examples:
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report
   verify-parity --reference nano --candidate ./ckpt --report ./report --cases text --cases steps
   verify-parity --reference nano --candidate ./mindir --report ./report --through interpreter
+  verify-parity --reference nano --candidate ./mindir --report ./report --arithmetic rounded
   verify-parity judge ./report/run.json --profile my-thresholds.json
 
 \b
@@ -47,7 +48,9 @@ class MissingPackage(RuntimeError):
 @click.option("--reference", metavar="SRC", help="Published directory, Hub repo id, or nano.")
 @click.option("--candidate", metavar="DIR", help="Converted directory or MindIR bundle.")
 @click.option("--report", metavar="DIR", help="Where run.json, verdict.json and report.html go.")
-@click.option("--profile", default="strict", show_default=True, help="Thresholds: a name, or a .json file.")
+@click.option(
+    "--profile", help="Thresholds: a name, or a .json file.  [default: strict; bf16 with rounded arithmetic]"
+)
 @click.option(
     "--cases",
     multiple=True,
@@ -59,6 +62,13 @@ class MissingPackage(RuntimeError):
     type=click.Choice(["mindspore", "interpreter"]),
     help="What runs a bundle's graphs.  [default: interpreter for another target than the CPU, else mindspore]",
 )
+@click.option(
+    "--arithmetic",
+    type=click.Choice(["lifted", "rounded"]),
+    default="lifted",
+    show_default=True,
+    help="Of an interpreted bundle: in fp32, or with every operator's result rounded as its graph declares.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout, all else on stderr.")
 @click.option("--dry-run", is_flag=True, help="Show what would run, and stop.")
@@ -68,9 +78,10 @@ def cli(
     reference: str | None,
     candidate: str | None,
     report: str | None,
-    profile: str,
+    profile: str | None,
     cases: tuple[str, ...],
     through: str | None,
+    arithmetic: str,
     seed: int | None,
     as_json: bool,
     dry_run: bool,
@@ -88,25 +99,25 @@ def cli(
             raise click.UsageError(f"Missing option '{option}'.", context)
     assert reference is not None and candidate is not None
     with _errors():
-        _verify(reference, candidate, report, profile, cases, through, seed, as_json, dry_run)
+        _verify(reference, candidate, report, profile, cases, through, arithmetic, seed, as_json, dry_run)
 
 
 @cli.command()
 @click.argument("run", type=click.Path(dir_okay=False))
-@click.option("--profile", default="strict", show_default=True, help="Thresholds: a name, or a .json file.")
+@click.option("--profile", help="Thresholds: a name, or a .json file.  [default: as when it was run]")
 @click.option("--report", metavar="DIR", help="Also write the report of this judgement here.")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
-def judge(run: str, profile: str, report: str | None, as_json: bool) -> None:
+def judge(run: str, profile: str | None, report: str | None, as_json: bool) -> None:
     """Judges a saved RUN again, without running anything."""
     with _errors():
+        from .judge import default_profile, load_profile
         from .judge import judge as verdict_on
-        from .judge import load_profile
         from .runner import load_run
 
         if report:
             _require_packages("jinja2", "matplotlib")
-        thresholds = load_profile(profile)
         saved = load_run(Path(run))
+        thresholds = load_profile(profile or default_profile(saved["candidate"].get("arithmetic")))
         _conclude(saved, verdict_on(saved, thresholds), thresholds, report, as_json)
 
 
@@ -114,9 +125,10 @@ def _verify(
     source: str,
     candidate: str,
     report: str | None,
-    profile: str,
+    profile: str | None,
     names: tuple[str, ...],
     through: str | None,
+    arithmetic: str,
     seed: int | None,
     as_json: bool,
     dry_run: bool,
@@ -124,16 +136,16 @@ def _verify(
     from ..convert.source import fetch, resolve
     from .candidates import inspect, require_same_model
     from .cases import DEFAULT_SEED, select, suite
-    from .judge import load_profile
+    from .judge import default_profile, load_profile
     from .prompts import has_processor
 
-    thresholds = load_profile(profile)
+    thresholds = load_profile(profile or default_profile(arithmetic))
     with _about("--reference"):
         reference = resolve(source)
     with _about("--candidate"):
         other = resolve(candidate)
     directory = reference.directory
-    found = inspect(other.directory, through)
+    found = inspect(other.directory, through, arithmetic)
     config = require_same_model(directory, found)
     plans = select(suite(config, found.limits), names)
     real = has_processor(directory)
@@ -141,7 +153,7 @@ def _verify(
     shown = _called(source, reference), _called(candidate, other)
     arguments = {
         "reference": f"{shown[0]} (revision {reference.revision})" if reference.revision else shown[0],
-        "candidate": f"{shown[1]} ({found.kind}{', interpreted' if found.interpreted else ''})",
+        "candidate": f"{shown[1]} ({found.kind}{_how(found)})",
         "report": report or "(none: dry run)",
         "profile": thresholds.name,
         "cases": ", ".join(plan.name for plan in plans),
@@ -179,16 +191,25 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
     started = time.time()
     _say("loading the Torch reference")
     try:
+        import torch
+
         from .oracle import build_oracle
     except ImportError as e:
         raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
     oracle = build_oracle(directory)
+    rounded = build_oracle(directory, getattr(torch, found.rounded)) if found.rounded else None
     _say(f"loading the candidate ({found.kind})")
     candidate = open_candidate(found)
     source = ProcessorSource(directory, oracle.config) if real else SeededSource(oracle.config)
     done = iter(range(1, len(plans) + 1))
     run = run_suite(
-        oracle, candidate, plans, source, seed, lambda text: _say(f"[{next(done)}/{len(plans)}] {text}")
+        oracle,
+        candidate,
+        plans,
+        source,
+        seed,
+        lambda text: _say(f"[{next(done)}/{len(plans)}] {text}"),
+        rounded,
     )
     return merged(run, provenance(directory, found, started))
 
@@ -202,6 +223,10 @@ def _about(option: str) -> Iterator[None]:
         yield
     except ConversionError as e:
         raise ConversionError(f"{option} {e}") from None
+
+
+def _how(found: Any) -> str:
+    return f", interpreted, {found.arithmetic}" if found.interpreted else ""
 
 
 def _called(value: str, source: Any) -> str:

@@ -23,9 +23,12 @@ class InterpretedModel(MindIRModel):
         self, directory: Path, bundle: Bundle, weights: SharedWeights, arithmetic: Arithmetic = "lifted"
     ) -> None:
         super().__init__(directory, bundle, weights)
+        self.operators: set[str] = set()  # of the graphs that were used so far
 
         def load(directory: Path, name: str, bundle: Bundle, weights: SharedWeights) -> InterpretedGraph:
-            return InterpretedGraph(directory, name, bundle, weights, arithmetic)
+            graph = InterpretedGraph(directory, name, bundle, weights, arithmetic)
+            self.operators |= graph.operators
+            return graph
 
         self.engine = Engine(self.engine.config, BundleGraphs(directory, bundle, weights, load))
 
@@ -63,6 +66,7 @@ class InterpretedGraph:
         self._context = record.context or 0
         self._tokens = record.tokens or 0
         self._interpreter = Interpreter(graph, _Weights(bundle, weights), arithmetic)
+        self.operators = graph.operators
 
     def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
         """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""

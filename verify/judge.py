@@ -2,7 +2,8 @@
 
 A profile is a JSON file: a list of gates, each with the taps it is for (a pattern), the metric, and the limit. A
 metric that is a list of events with a `margin` is counted; events whose margin is below `tie`, as a share of the
-largest logit, are toss-ups of the reference's own and are noted apart.
+largest logit, are toss-ups of the reference's own and are noted apart. A limit may be a multiple of what rounding costs
+the reference itself (`times_own`), which a run with rounded arithmetic holds, and may be for the sum over the suite.
 
 Some things fail whatever the profile says: a NaN or an infinity, a case in which the candidate raised, a tap that the
 candidate promised and did not give, a run without cases.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ TAPS = (
     *("logits", "greedy", "tapped_logits", "comparable"),
 )
 PROFILES = Path(__file__).parent / "profiles"
+SUITE = "suite"  # the case of a finding that is on all cases together
 
 
 class ProfileError(ValueError):
@@ -33,11 +36,21 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Gate:
+    """Attributes:
+    at_most: the limit; with `times_own` a factor of the same metric between the reference's runs in the candidate's
+        dtype and in fp32.
+    floor: with `times_own`, what is allowed in any case.
+    suite: the metric's sum over all cases is judged, not each case.
+    """
+
     taps: str
     metric: str
     at_most: float
     tie: float = 0.0
     why: str = ""
+    times_own: bool = False
+    floor: float = 0.0
+    suite: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,8 @@ class Profile:
 
     def limit(self, tap: str, metric: str) -> float | None:
         """What is allowed, where a gate says so."""
-        return next(
-            (g.at_most for g in self.gates if g.metric == metric and fnmatch.fnmatch(tap, g.taps)), None
-        )
+        absolute = (g for g in self.gates if g.metric == metric and not g.times_own)
+        return next((g.at_most for g in absolute if fnmatch.fnmatch(tap, g.taps)), None)
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,11 @@ def describe_tap(tap: str) -> str:
     return names.get(stem, stem)
 
 
+def default_profile(arithmetic: str | None) -> str:
+    """The name of the profile for a candidate's arithmetic."""
+    return "bf16" if arithmetic == "rounded" else "strict"
+
+
 def load_profile(name: str) -> Profile:
     """A profile by its name, or by the path of a JSON file of one's own.
 
@@ -155,6 +172,8 @@ def load_profile(name: str) -> Profile:
                 raise TypeError(f"at_most is {gate.at_most!r}, expected a number")
             if not any(fnmatch.fnmatch(tap, gate.taps) for tap in TAPS):
                 raise TypeError(f"no tap matches {gate.taps!r}; taps are {', '.join(TAPS)}")
+            if gate.suite and not gate.times_own:
+                raise TypeError(f"the gate on {gate.taps} is on the suite, so it needs times_own")
         if not profile.gates:
             raise TypeError("it has no gates")
     except (KeyError, TypeError) as e:
@@ -179,6 +198,7 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
         verdict.findings.append(Finding("-", "error", "cases", 0, 1, False, "no case was run at all"))
     for case in run["cases"]:
         verdict.findings += _judge_case(case, profile, promised, verdict.notes)
+    verdict.findings += _judge_suite(run["cases"], profile)
     missing = sorted({tap for case in run["cases"] for tap in case["missing"]}, key=network_order)
     if missing and not promised:
         kinds = {"router": "choices of experts", "layers": "hidden states of the decoder layers"}
@@ -186,6 +206,11 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
         verdict.notes.append(
             f"not available in this candidate, so not judged: {', '.join(words)} "
             "(export with --taps to have them); logits and tokens were judged"
+        )
+    if unwitnessed := run["candidate"].get("unwitnessed"):
+        verdict.notes.append(
+            f"unwitnessed operators: {', '.join(unwitnessed)}; the rules that executed them rest on documents and on "
+            "second formulations of this project alone"
         )
     for skipped in run["suite"]["skipped"]:
         verdict.notes.append(f"case {skipped['name']} did not run: {skipped['why']}")
@@ -219,29 +244,70 @@ def _judge_case(
         if ties := metrics.get("ties"):
             notes.append(f"case {name}, {describe_tap(tap)}: {ties} choices of experts differ in a tie")
         for gate in profile.gates:
-            if fnmatch.fnmatch(tap, gate.taps):
-                yield _judge_gate(name, tap, metrics, gate, notes)
+            if not gate.suite and fnmatch.fnmatch(tap, gate.taps):
+                yield _judge_gate(name, tap, metrics, gate, notes, case)
 
 
-def _judge_gate(case: str, tap: str, metrics: dict[str, Any], gate: Gate, notes: list[str]) -> Finding:
+def _judge_suite(cases: list[dict[str, Any]], profile: Profile) -> Iterator[Finding]:
+    """The gates for sums over all cases; a case without the tap, or without places to compare, adds nothing."""
+    for gate in profile.gates:
+        if not gate.suite:
+            continue
+        taps = dict.fromkeys(tap for case in cases for tap in case["taps"] if fnmatch.fnmatch(tap, gate.taps))
+        for tap in taps:
+            found = [(case, case["taps"][tap]) for case in cases if tap in case["taps"]]
+            pairs = [(_metric(m, tap, gate), _own(case, tap, gate)) for case, m in found]
+            pairs = [(value, own) for value, own in pairs if value is not None]
+            value, own = (sum(column) for column in zip(*pairs)) if pairs else (0.0, 0.0)
+            yield _against_own(SUITE, tap, gate, value, own)
+
+
+def _metric(metrics: dict[str, Any], tap: str, gate: Gate) -> Any:
     if gate.metric not in metrics:
         raise ProfileError(f"gate on {gate.taps}: the run has no metric {gate.metric!r} for {tap}")
-    value = metrics[gate.metric]
+    return metrics[gate.metric]
+
+
+def _own(case: dict[str, Any], tap: str, gate: Gate) -> float:
+    """The same metric of what rounding costs the reference. Raises ProfileError: the run did not measure it."""
+    own = case.get("calibration", {}).get(tap, {}).get(gate.metric)
+    if own is None:
+        raise ProfileError(
+            f"gate on {gate.taps}: {gate.metric} is judged by the reference's own rounding, which the run does not hold for "
+            f"{tap} in case {case['name']}; run with --arithmetic rounded"
+        )
+    return own
+
+
+def _against_own(case: str, tap: str, gate: Gate, value: float, own: float) -> Finding:
+    """Of a gate with `times_own`: the value is how many times the reference's own it is."""
+    ok = value <= max(gate.at_most * own, gate.floor)
+    times = value / own if own else math.inf if value else 0.0
+    says = f"times what rounding costs the reference itself: {value:.2g} against {own:.2g}"
+    return Finding(case, tap, gate.metric, min(times, NOT_A_TIE), gate.at_most, ok, says)
+
+
+def _judge_gate(
+    name: str, tap: str, metrics: dict[str, Any], gate: Gate, notes: list[str], case: dict[str, Any]
+) -> Finding:
+    value = _metric(metrics, tap, gate)
     if value is None:  # nothing left to compare; "comparable" judges that
-        return Finding(case, tap, gate.metric, "no places", gate.at_most, True)
+        return Finding(name, tap, gate.metric, "no places", gate.at_most, True)
+    if gate.times_own:
+        return _against_own(name, tap, gate, value, _own(case, tap, gate))
     says = gate.why
     if isinstance(value, list):
         scale = metrics.get("scale", metrics.get("ref_max", 0.0))
         wrong = [event for event in value if event["margin"] >= gate.tie * scale]
         if len(wrong) < len(value):
             notes.append(
-                f"case {case}, {describe_tap(tap)}: {len(value) - len(wrong)} tokens differ in a tie"
+                f"case {name}, {describe_tap(tap)}: {len(value) - len(wrong)} tokens differ in a tie"
             )
         if wrong and "step" in wrong[0]:
             first = min(wrong, key=lambda event: event["step"])
             says = f"row {first['row']} at step {first['step']}, {_how_far(first)}"
         value = len(wrong)
-    return Finding(case, tap, gate.metric, value, gate.at_most, value <= gate.at_most, says)
+    return Finding(name, tap, gate.metric, value, gate.at_most, value <= gate.at_most, says)
 
 
 def _how_far(divergence: dict[str, Any]) -> str:

@@ -186,6 +186,17 @@ def comparable_places(
     return mask & ~np.concatenate([np.zeros_like(lost[:1]), lost])
 
 
+def settled_places(reference: np.ndarray, candidate: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Tokens that went through the same experts as the reference's so far, before each MoE layer and after the last.
+
+    Where low precision takes another expert, the whole difference of two experts is in that token; what is left here is
+    what rounding does. Arguments and result as in :func:`comparable_places`.
+    """
+    flipped = (np.sort(reference, -1) != np.sort(candidate, -1)).any(-1)
+    gone = np.logical_or.accumulate(flipped, axis=0)
+    return mask & ~np.concatenate([np.zeros_like(gone[:1]), gone])
+
+
 def greedy_metrics(reference: GreedyRun, candidate: np.ndarray) -> Metrics:
     """How long greedy generation stays the same.
 

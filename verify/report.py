@@ -183,9 +183,14 @@ def sentence(verdict: Verdict) -> str:
 
 METRIC_WORDS = {
     "rel_l2": "relative L2 distance",
+    "nmse": "error energy",
+    "nmse_settled": "error energy where the experts are the same",
     "max_abs": "largest difference",
     "max_scaled": "largest difference over largest logit",
+    "kl": "mean KL (nats)",
     "kl_max": "largest KL (nats)",
+    "flipped": "other choices of experts",
+    "top1_changed": "other best tokens",
     "wrong": "other choices of experts",
     "top1_changes": "other best tokens",
     "divergences": "rows that leave the reference",

@@ -22,7 +22,14 @@ import numpy as np
 from ..modeling.configuration import ModelConfig
 from .candidates import Candidate, Found
 from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts
-from .metrics import comparable_places, greedy_metrics, logit_metrics, routing_metrics, tensor_metrics
+from .metrics import (
+    comparable_places,
+    greedy_metrics,
+    logit_metrics,
+    routing_metrics,
+    settled_places,
+    tensor_metrics,
+)
 
 FORMAT, VERSION = "kimi_vl-parity-run", 1
 LONGEST_COVER = 512  # tokens of the case that looks for every expert
@@ -49,10 +56,14 @@ def run_suite(
     source: Source,
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
+    rounded: Reference | None = None,
 ) -> dict[str, Any]:
     """Raw figures of every plan that the candidate can run, without provenance (see :func:`provenance`).
 
     A candidate that raises is recorded as the case's `error`; the reference's errors are raised.
+
+    Args:
+        rounded: the reference in the candidate's dtype; what rounding costs it is then each case's `calibration`.
     """
     config = reference.config
     used = [set[int]() for _ in config.text.moe_layers]
@@ -69,6 +80,8 @@ def run_suite(
         for layer, of_layer in zip(used, taps.get("router_topk_indices", ())):
             layer.update(np.unique(of_layer[of_layer >= 0]).tolist())
         cases.append(_compare(case, taps, greedy, candidate, config))
+        if rounded is not None:
+            cases[-1]["calibration"] = _compared(case, taps, rounded.run(case.inputs), config)[0]
         seconds[plan.name] = {
             "reference": round(halfway - started, 3),
             "candidate": round(time.perf_counter() - halfway, 3),
@@ -130,7 +143,7 @@ def _compare(
     }
     try:
         taps = candidate.run(case.inputs, case.calls)
-        _compare_taps(record, case, reference, taps, config)
+        record["taps"], record["missing"] = _compared(case, reference, taps, config)
         if greedy is not None:
             tokens = candidate.greedy(case.inputs, case.new_tokens)
             scale = float(np.abs(reference["logits"]).max())
@@ -142,18 +155,15 @@ def _compare(
     return record
 
 
-def _compare_taps(
-    record: dict[str, Any],
-    case: Case,
-    reference: dict[str, np.ndarray],
-    taps: dict[str, np.ndarray],
-    config: ModelConfig,
-) -> None:
-    """Fills `record["taps"]` in network order, and `record["missing"]` with what the candidate does not give."""
+def _compared(
+    case: Case, reference: dict[str, np.ndarray], taps: dict[str, np.ndarray], config: ModelConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """The metrics of each tap in network order, and the names of those that the candidate does not give."""
     if "logits" not in taps:
         raise ValueError("the candidate gives no logits")
     mask = case.inputs["attention_mask"].astype(bool)
-    out, missing = record["taps"], record["missing"]
+    out: dict[str, Any] = {}
+    missing: list[str] = []
     for name in ("vision_out", "projector_out"):
         if name in reference and name in taps:
             where = np.ones(reference[name].shape[:-1], bool)
@@ -165,13 +175,13 @@ def _compare_taps(
     else:
         missing.append("inputs_embeds")
     moe = config.text.moe_layers
-    comparable = np.broadcast_to(mask, (len(moe) + 1, *mask.shape))
+    comparable = settled = np.broadcast_to(mask, (len(moe) + 1, *mask.shape))
     has_routing = bool(moe) and "router_topk_indices" in taps
     if has_routing:
         routing = (reference["router_topk_indices"], taps["router_topk_indices"], reference["router_gap"])
         if routing[1].shape != routing[0].shape:
             raise ValueError(f"router_topk_indices of shape {routing[1].shape}, expected {routing[0].shape}")
-        comparable = comparable_places(*routing, mask)
+        comparable, settled = comparable_places(*routing, mask), settled_places(*routing[:2], mask)
     elif moe:
         missing += [f"router.{n}" for n in moe]
     passed = 0  # MoE layers
@@ -184,6 +194,8 @@ def _compare_taps(
         if "hidden_states" in taps:
             states = reference["hidden_states"][n], taps["hidden_states"][n]
             out[f"layers.{n}"] = tensor_metrics(*states, comparable[passed])
+            where = comparable[passed] & settled[passed]
+            out[f"layers.{n}"]["nmse_settled"] = tensor_metrics(*states, where)["nmse"]
         else:
             missing.append(f"layers.{n}")
     out["logits"] = logit_metrics(reference["logits"], taps["logits"], comparable[-1])
@@ -191,6 +203,7 @@ def _compare_taps(
         out["tapped_logits"] = {"max_abs": float(taps["tapped_logits_differ"])}
     places, lost = int(mask.sum()), int((mask & ~comparable[-1]).sum())
     out["comparable"] = {"places": places, "excluded": lost, "excluded_share": lost / places}
+    return out, missing
 
 
 def _inputs_hash(case: Case) -> str:

@@ -1,0 +1,126 @@
+"""Rounded arithmetic is judged by what rounding costs the reference: as much passes, more fails, at the right place."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from golden import DATA
+from parity import LIMITS, OracleCandidate
+
+from kimi_vl.verify.cases import SeededSource, select, suite
+from kimi_vl.verify.judge import SUITE, ProfileError, judge, load_profile
+from kimi_vl.verify.metrics import settled_places
+from kimi_vl.verify.oracle import build_oracle
+from kimi_vl.verify.report import finding_text, render_html
+from kimi_vl.verify.runner import run_suite
+
+BF16 = load_profile("bf16")
+NAMES = ("text", "image")
+
+
+@pytest.fixture(scope="module")
+def oracles():
+    return build_oracle(DATA / "tiny8-bf16"), build_oracle(DATA / "tiny8-bf16", torch.bfloat16)
+
+
+class Rounded(OracleCandidate):
+    """As far from the fp32 reference as its own bf16 run, in the same direction, `times` as far."""
+
+    def __init__(self, oracles, times):
+        super().__init__(oracles[0])
+        self.low, self.times = oracles[1], np.float32(times)
+
+    def run(self, inputs, calls):
+        exact, low = self.oracle.run(inputs), self.low.run(inputs)
+        far = {k: exact[k] + self.times * (low[k] - exact[k]) for k in low if low[k].dtype == np.float32}
+        kept = ("router_gap", "router_topk_weights")
+        return {k: v for k, v in (low | far).items() if k not in kept} | {
+            "tapped_logits_differ": np.zeros(())
+        }
+
+    def describe(self):
+        return super().describe() | {"arithmetic": "rounded", "unwitnessed": ["FusedInferAttentionScore"]}
+
+
+def run(oracles, times):
+    plans = select(suite(oracles[0].config, LIMITS), NAMES)
+    source = SeededSource(oracles[0].config)
+    made = run_suite(oracles[0], Rounded(oracles, times), plans, source, seed=1, rounded=oracles[1])
+    file = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
+    made["header"] |= {"date": "2025-01-01", "took_seconds": 1.0, "machine": "a machine"}
+    made["candidate"]["files"] = file
+    made["reference"] = {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": file}
+    made["reference"] |= {"dtype": "float32", "stored": "float32"}
+    made["environment"] = {"python": "3", "kimi-vl": "0", "mindspore": None}
+    return made
+
+
+@pytest.fixture(scope="module")
+def clean(oracles):
+    return run(oracles, 1)
+
+
+def test_the_references_own_rounding_passes_and_is_in_the_run(clean):
+    verdict = judge(clean, BF16)
+    assert verdict.passed and {f.case for f in verdict.findings} == {*NAMES, SUITE}
+    for case in clean["cases"]:
+        own, taps = case["calibration"], case["taps"]
+        assert own["layers.2"]["nmse_settled"] == taps["layers.2"]["nmse_settled"] > 1e-7
+    ratios = [f.value for f in verdict.findings if f.metric == "nmse_settled"]
+    assert ratios and set(ratios) == {1.0}
+
+
+def test_a_rule_without_a_witness_is_noted(clean):
+    assert any(
+        n.startswith("unwitnessed operators: FusedInferAttentionScore;") for n in judge(clean, BF16).notes
+    )
+
+
+def test_three_times_the_energy_is_too_much_for_the_suite_nine_times_for_a_case(oracles):
+    three = judge(run(oracles, np.sqrt(3)), BF16)
+    layers = [f for f in three.failures if f.tap.startswith("layers.")]
+    assert layers and {f.case for f in layers} == {SUITE}
+    nine = judge(run(oracles, 3), BF16)
+    assert {*NAMES, SUITE} <= {f.case for f in nine.failures if f.tap == "layers.2"}
+    says = finding_text(next(f for f in nine.failures if f.tap == "layers.2"))
+    assert "9.0e+00, allowed" in says and "times what rounding costs the reference itself" in says
+
+
+@pytest.mark.parametrize("gate", BF16.gates, ids=lambda g: f"{g.taps}-{g.metric}{'-suite' * g.suite}")
+def test_a_value_beyond_the_limit_fails_and_one_at_it_does_not(clean, gate):
+    tap = gate.taps.replace("*", "1")
+    changed = copy.deepcopy(clean)
+    case = next(c for c in changed["cases"] if c["name"] == "image")
+    if gate.suite:
+        changed["cases"] = [case]
+    own = case["calibration"][tap][gate.metric] if gate.times_own else 0.0
+    limit = max(gate.at_most * own, gate.floor) if gate.times_own else gate.at_most
+    case["taps"][tap][gate.metric] = limit
+    judged = [f for f in judge(changed, BF16).findings if (f.case == SUITE) == gate.suite]
+    assert all(f.ok for f in judged)
+    case["taps"][tap][gate.metric] = limit * 1.01 + (1 if limit == int(limit) else 0)
+    failures = [f for f in judge(changed, BF16).failures if (f.case == SUITE) == gate.suite]
+    assert [(f.tap, f.metric) for f in failures] == [(tap, gate.metric)]
+
+
+def test_a_run_that_was_not_calibrated_cannot_be_judged_so(clean):
+    bare = clean | {"cases": [{k: v for k, v in c.items() if k != "calibration"} for c in clean["cases"]]}
+    with pytest.raises(ProfileError, match="run with --arithmetic rounded"):
+        judge(bare, BF16)
+
+
+def test_its_report_says_which_limits_are_relative(clean):
+    page = render_html(clean, judge(clean, BF16), BF16)
+    assert "4.0e+00 x own" in page and "2.0e+00 x own, suite" in page
+
+
+def test_a_token_is_settled_until_it_takes_another_expert():
+    reference = np.zeros((2, 1, 3, 2), np.int32) + [0, 1]
+    candidate = reference.copy()
+    candidate[0, 0, 1] = [0, 2]  # in the first layer
+    candidate[1, 0, 2] = [1, 0]  # the same set
+    got = settled_places(reference, candidate, np.array([[True, True, True]]))
+    assert got[:, 0].tolist() == [[True, True, True], [True, False, True], [True, False, True]]
