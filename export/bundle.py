@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,8 @@ class Bundle:
         weights: by the name of the parameter.
         files: configuration, tokenizer and processor files.
         attention, experts: which operators were chosen, "fused" or "plain", where the target has both.
+        products: of Atlas that every graph was found legal on.
+        releases: of MindSpore whose front end takes the graphs, and the CANN that belongs to each.
     """
 
     version: str
@@ -111,6 +113,8 @@ class Bundle:
     files: dict[str, FileRecord]
     attention: str | None = None
     experts: str | None = None
+    products: tuple[str, ...] = ()
+    releases: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
@@ -176,9 +180,10 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"{where or 'it'} is {type(value).__name__}, expected an object")
         hints = typing.get_type_hints(kind)
-        for field in fields(kind):
-            if field.name not in value and field.default is MISSING:
-                raise TypeError(f"{_join(where, field.name)} is missing")
+        for known in fields(kind):
+            optional = known.default is not MISSING or known.default_factory is not MISSING
+            if known.name not in value and not optional:
+                raise TypeError(f"{_join(where, known.name)} is missing")
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise TypeError(f"{_join(where, unknown[0])} is unknown")

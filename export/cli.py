@@ -19,6 +19,7 @@ from ..convert.planning import DTYPE_NAMES, size_text
 from ..modeling.configuration import ConfigError
 from .errors import ExportError
 from .memory import DeviceMemory, estimate, of_graphs
+from .operators import PRODUCTS
 from .plan import (
     DECODE,
     DEFAULT_CONTEXT,
@@ -63,6 +64,21 @@ class Sizes(click.ParamType):
             return tuple(int(n) for n in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is no list of numbers; expected as in 1024,4096", param, ctx)
+
+
+class Products(click.ParamType):
+    """Keys of `PRODUCTS` with commas between them."""
+
+    name = "products"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        named = tuple(name.strip().lower() for name in value.split(","))
+        for name in named:
+            if name not in PRODUCTS:
+                self.fail(f"{name!r} is no product; choose of {', '.join(PRODUCTS)}", param, ctx)
+        return named
 
 
 @click.command(
@@ -121,6 +137,14 @@ class Sizes(click.ParamType):
     "--experts", type=click.Choice(VARIANTS), help="For ascend: the same for the experts.  [default: fused]"
 )
 @click.option(
+    "--product",
+    type=Products(),
+    multiple=True,
+    metavar="P,P,…",
+    help="For ascend: products of Atlas on which every operator of every graph must be documented, of a2, a3 and 310p.  "
+    "[default: a2,a3]",
+)
+@click.option(
     "--taps", is_flag=True, help="Also graphs that give every layer's output and the experts chosen."
 )
 @click.option(
@@ -147,6 +171,7 @@ def cli(
     dtype: str | None,
     attention: str | None,
     experts: str | None,
+    product: tuple[tuple[str, ...], ...],
     taps: bool,
     copy: bool,
     device_memory: float | None,
@@ -171,6 +196,7 @@ def cli(
         "dtype": dtype or "as stored",
         "attention": attention or "default",
         "experts": experts or "default",
+        "products": ", ".join(p for ps in product for p in ps) or "default",
         "taps": "yes" if taps else "no",
         "copy": "yes" if copy else "no",
         "device memory": f"{device_memory:g} GB" if device_memory else "any",
@@ -180,7 +206,18 @@ def cli(
     with _errors():
         weights = open_converted(src)
         plan = plan_export(
-            weights, seq, target, batch, prefill_chunk, image_patches, dtype, taps, attention, experts, copy
+            weights,
+            seq,
+            target,
+            batch,
+            prefill_chunk,
+            image_patches,
+            dtype,
+            taps,
+            attention,
+            experts,
+            copy,
+            products=tuple(p for ps in product for p in ps),
         )
         replaced = check_target(dst)
         click.echo(str(plan), err=as_json)

@@ -1,7 +1,8 @@
-"""What a graph for Ascend must keep to, checked in the graph itself: the front end that traces it is not a device.
+"""What a graph for Ascend must keep to as a whole: how it uses its caches, weights, inputs and numbers.
 
-It accepts graphs that no kernel takes, or that a device would run wrongly or with a second copy of weights or cache.
-Every rule looks at the MindIR that is about to be written, whoever made it.
+The front end that traces it is no device: it accepts graphs that a device would run wrongly, or with a second copy of
+weights or cache. Every rule looks at the MindIR that is about to be written, whoever made it. What single operators take
+is in ``legality``.
 """
 
 from __future__ import annotations
@@ -12,65 +13,34 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..modeling.shapes import Ports
+from . import mindir
 from .errors import ExportError
 from .mindir import REFERENCE, plain
 from .proto import pb
 
 # Nodes that start nothing on the device: structure, order, and other views of the same memory.
 FREE = ("Constant", "Depend", "ExpandDims", "Load", "MakeTuple", "Reshape", "TupleGetItem", "UpdateState")
-# What may start something, and the kernel behind it in MindSpore 2.10's Ascend library (the pairing is read from their
-# names). None: there is no aclnn kernel of that name; it runs as a single-operator model, or as one not known by name.
-KERNELS = {
-    "Add": "aclnnAdd",
-    "AddExt": "aclnnAdd",
-    "BatchMatMul": "aclnnBatchMatMul",
-    "BroadcastTo": "aclnnExpand",
-    "Cast": "aclnnCast",
-    "Concat": "aclnnCat",
-    "ConstantPadND": "aclnnConstantPadNd",
-    "Div": "aclnnDiv",
-    "Equal": "aclnnEqTensor",
-    "Erf": "aclnnErf",
-    "FusedInferAttentionScore": "aclnnFusedInferAttentionScoreV2",
-    "Gather": "aclnnIndexSelect",
-    "GatherD": "aclnnGather",
-    "GeLU": "aclnnGelu",
-    "Greater": "aclnnGtTensor",
-    "GreaterEqual": "aclnnGeTensor",
-    "GroupedMatmulV4": "aclnnGroupedMatmulV4",
-    "InnerMoeTokenUnpermute": "aclnnMoeTokenUnpermute",
-    "KVCacheScatterUpdate": "aclnnInplaceScatterUpdate",
-    "LayerNorm": "aclnnLayerNorm",
-    "MatMul": "aclnnMatmul",
-    "MoeInitRoutingV2": "aclnnMoeInitRoutingV2",
-    "Mul": "aclnnMul",
-    "Muls": "aclnnMuls",
-    "Neg": "aclnnNeg",
-    "ReduceSum": "aclnnReduceSum",
-    "RmsNorm": "aclnnRmsNorm",
-    "Select": "aclnnSWhere",
-    "SiLU": "aclnnSilu",
-    "Sigmoid": "aclnnSigmoid",
-    "Softmax": "aclnnSoftmax",
-    "Split": "aclnnSplitTensor",
-    "SplitWithSize": "aclnnSplitWithSize",
-    "Stack": "aclnnStack",
-    "StridedSlice": None,  # plain variants only
-    "Sub": "aclnnSub",
-    "Swiglu": "aclnnSwiGlu",
-    "TopkExt": "aclnnTopk",
-    "Transpose": "aclnnPermute",
-    "Unstack": None,  # plain variants only
-}
 WRITE = "KVCacheScatterUpdate"
 # Operators that change how a weight lies or what it is stored in.
 COPIES_OF_WEIGHTS = ("Transpose", "Cast", "TensorMove")
 # What stands for a parameter itself.
 SAME = ("Load", "Depend", "Reshape", "ExpandDims")
 LARGEST_CONSTANT = 1 << 20  # bytes
-HEAD_DIM_STEP, LARGEST_HEAD_DIM = 16, 512  # of FusedInferAttentionScore
-LENGTHS = 8  # place of GroupedMatmulV4's group_list among its operands
-MASK = 4  # place of FusedInferAttentionScore's mask
+# int64 is slow on a device's vector units: some operators give it or ask for it, and nothing is computed in it.
+GIVE_INT64 = ("Cast", "SortExt", "TopkExt")
+TAKE_INT64 = (
+    "Cast",
+    "FusedInferAttentionScore",
+    "Gather",
+    "GatherD",
+    "GroupedMatmul",
+    "GroupedMatmulV4",
+    "InplaceIndexCopy",
+    "KVCacheScatterUpdate",
+    "ScatterNdUpdate",
+    "ScatterUpdate",
+)
 
 
 @dataclass(frozen=True)
@@ -80,11 +50,13 @@ class Lint:
     Attributes:
         name: of the graph, for messages.
         caches: names of its cache parameters; all other parameters are weights.
+        inputs: what the manifest says that the graph takes.
     """
 
     name: str
     model: Any
     caches: Collection[str]
+    inputs: Ports
 
     @property
     def nodes(self) -> Any:
@@ -107,6 +79,26 @@ class Lint:
                 return None
             value = node.input[0]
         return self.parameters[value]
+
+    @cached_property
+    def computed(self) -> set[str]:
+        """The values that the graph's outputs are computed from; not those that only come before them in time."""
+        found: set[str] = set()
+        left = [output.name for output in self.model.graph.output]
+        while left:
+            value = left.pop()
+            if value in found:
+                continue
+            found.add(value)
+            node = self.makers.get(value)
+            if node is not None and operator(node) in ("Depend", "Load"):
+                left.append(node.input[0])  # the other is what to wait for
+            elif node is not None and operator(node) != "UpdateState":
+                left.extend(node.input)
+        return found
+
+    def has_int64(self, value: str) -> bool:
+        return any(t.data_type == pb.TensorProto.INT64 for t in self.tensors(value))
 
     def tensors(self, value: str) -> list[Any]:
         """Dims and data type of a value: one TensorProto, or one per element of a tuple."""
@@ -131,13 +123,13 @@ def launches(model: Any) -> Counter[str]:
     return Counter(o for o in map(operator, model.graph.node) if o not in FREE)
 
 
-def check(name: str, model: Any, caches: Collection[str]) -> None:
+def check(name: str, model: Any, caches: Collection[str], inputs: Ports) -> None:
     """Hold a graph against every rule.
 
     Raises:
         ExportError: it breaks one; the message names the graph and the node.
     """
-    lint = Lint(name, model, caches)
+    lint = Lint(name, model, caches, inputs)
     for rule in RULES:
         for node, what in rule(lint):
             raise ExportError(f"{name}: node {node}: {what}")
@@ -147,23 +139,29 @@ Broken = Iterator[tuple[str, str]]
 """A node, and what is wrong with it."""
 
 
-def copied_caches(lint: Lint) -> Broken:
-    """Each cache is written, by one operator that takes it as it is; nothing else takes it."""
-    written: Counter[str] = Counter()
+def unordered_caches(lint: Lint) -> Broken:
+    """Each cache is written by one operator that takes it as it is, and read only as what that operator gives.
+
+    So every read has an edge from the write. A read of the parameter itself could run before it, whatever the order of
+    side effects says; and a write whose result nothing takes would order nothing.
+    """
+    writes: dict[str, list[Any]] = {cache: [] for cache in lint.caches}
     for node in lint.nodes:
         for place, value in enumerate(node.input):
             cache = lint.parameters.get(value)
             if cache is None or cache not in lint.caches:
                 continue
             if operator(node) == WRITE and place == 0:
-                written[cache] += 1
+                writes[cache].append(node)
             elif operator(node) == "TensorMove":
                 yield named(node), f"copies {cache}, which {WRITE} must write where it is"
             else:
                 yield named(node), f"reads {cache} without waiting for its write; read what {WRITE} gives"
-    for cache in lint.caches:
-        if written[cache] != 1:
-            yield cache, f"is written {written[cache]} times, expected once by {WRITE}"
+    for cache, nodes in writes.items():
+        if len(nodes) != 1:
+            yield cache, f"is written {len(nodes)} times, expected once by {WRITE}"
+        elif nodes[0].output[0] not in lint.computed:
+            yield named(nodes[0]), f"writes {cache}, but no output is computed from what it gives"
 
 
 def changed_weights(lint: Lint) -> Broken:
@@ -188,51 +186,41 @@ def large_constants(lint: Lint) -> Broken:
             )
 
 
-def double_precision(lint: Lint) -> Broken:
-    """Nothing is float64, which no kernel here takes."""
-    for parameter in lint.model.graph.parameter:
-        if parameter.data_type == pb.TensorProto.DOUBLE:
-            yield plain(parameter.name), "is float64"
+def int64_arithmetic(lint: Lint) -> Broken:
+    """int64 comes from a cast or as the places of a sort, and goes to what asks for it."""
     for node in lint.nodes:
-        held = [t for a in node.attribute if a.name == "value" for t in a.tensors]
-        if any(t.data_type == pb.TensorProto.DOUBLE for t in held + lint.tensors(node.output[0])):
-            yield named(node), "gives float64"
-
-
-def unknown_operators(lint: Lint) -> Broken:
-    """Every operator has a kernel for kernel-by-kernel execution."""
-    for node in lint.nodes:
-        if operator(node) not in FREE and operator(node) not in KERNELS:
-            yield named(node), f"{operator(node)} is not among the operators for Ascend"
-
-
-def fused_attention(lint: Lint) -> Broken:
-    """FusedInferAttentionScore: half precision, one head dim for queries, keys and values, masks in bool."""
-    for node in lint.nodes:
-        if operator(node) != "FusedInferAttentionScore":
+        if operator(node) in FREE:
             continue
-        operands = [t for value in node.input[:3] for t in lint.tensors(value)]
-        dims = {t.dims[-1] for t in operands}
-        if len(dims) != 1:
-            yield named(node), f"has head dims {sorted(dims)}, expected one for queries, keys and values"
-        elif (dim := min(dims)) % HEAD_DIM_STEP or dim > LARGEST_HEAD_DIM:
+        if operator(node) not in GIVE_INT64 and lint.has_int64(node.output[0]):
             yield (
                 named(node),
-                f"has a head dim of {dim}, expected a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM}",
+                "computes in int64; compute in int32 and cast for the operator that takes int64",
             )
-        if any(t.data_type not in (pb.TensorProto.BFLOAT16, pb.TensorProto.FLOAT16) for t in operands):
-            yield named(node), "takes neither bf16 nor fp16"
-        if any(t.data_type != pb.TensorProto.BOOL for t in lint.tensors(node.input[MASK])):
-            yield named(node), "has a mask that is not bool"
+        if operator(node) not in TAKE_INT64 and any(map(lint.has_int64, node.input)):
+            yield named(node), "takes int64, which it does not need; cast to int32 before it"
 
 
-def group_lists(lint: Lint) -> Broken:
-    """GroupedMatmulV4 reads its groups' sizes as int64, though the front end lets others pass."""
-    for node in lint.nodes:
-        if operator(node) != "GroupedMatmulV4":
-            continue
-        if [t.data_type for t in lint.tensors(node.input[LENGTHS])] != [pb.TensorProto.INT64]:
-            yield named(node), "has a group_list that is not int64"
+def bindings(lint: Lint) -> Broken:
+    """Inputs are the manifest's, in its order; every parameter is bound once: a cache to nothing, a weight to its bytes."""
+    found = mindir.inputs(lint.model)
+    if list(found.items()) != list(lint.inputs.items()):
+        yield "inputs", f"are {found}, expected {lint.inputs}"
+    for name, times in Counter(plain(p.name) for p in lint.model.graph.parameter).items():
+        if times > 1:
+            yield name, f"is {times} parameters, expected one"
+    places: dict[mindir.Place, str] = {}
+    for name, place in mindir.pointing(lint.model).items():
+        if name in lint.caches:
+            yield name, f"is a cache, but takes its content from {place[0]}"
+        if place in places:
+            yield name, f"takes its bytes from where {places[place]} does, {place[0]} at {place[1]}"
+        places[place] = name
+    for parameter in lint.model.graph.parameter:
+        name = plain(parameter.name)
+        if parameter.HasField("raw_data"):
+            yield name, "has its data in the graph, expected in a shard"
+        if places and name not in lint.caches and name not in places.values():
+            yield name, "has no data, while other parameters have"
 
 
 def named(node: Any) -> str:
@@ -241,11 +229,9 @@ def named(node: Any) -> str:
 
 
 RULES: tuple[Callable[[Lint], Broken], ...] = (
-    copied_caches,
+    bindings,
+    unordered_caches,
     changed_weights,
     large_constants,
-    double_precision,
-    unknown_operators,
-    fused_attention,
-    group_lists,
+    int64_arithmetic,
 )

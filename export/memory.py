@@ -76,9 +76,8 @@ def estimate(plan: BundlePlan, progress: Callable[[str], object] = lambda name: 
     """Before an export; see the module. `progress` is called with each graph's name."""
     from .liveness import live
     from .nodes import read_nodes
-    from .trace import Tracer, check_mindspore
+    from .trace import Tracer
 
-    check_mindspore(plan.target)
     short = plan.shortened()
     tracer = Tracer(short.config, plan.target, plan.batch)
     found = {}

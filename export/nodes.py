@@ -22,6 +22,7 @@ STRUCTURE = ("ListGetItem", "MakeList", "MakeTuple", "TupleGetItem", "UpdateStat
 # Those that write into a parameter, their first operand, and give it.
 WRITES = ("Assign", "KVCacheScatterUpdate", "ScatterNdUpdate", "ScatterUpdate")
 
+ORDER = object()  # a constant that stands for what comes first, before all nodes
 BEFORE, AFTER = -1, 1 << 30  # the place of a node that belongs to no layer
 
 _NUMBERED = re.compile(r"(?:\.(?:layers|blocks)|^cache)\.(\d+)\.")
@@ -78,7 +79,8 @@ class Nodes:
 
     Attributes:
         inputs, parameters: tensors by the names of values.
-        constants: by the names of values: numbers, strings, Tensors (not their content), or None for all else.
+        constants: by the names of values: numbers, strings, Tensors (not their content), tuples of these, `ORDER`, or None
+            for all else.
         nodes: in the order of the file.
         result: the value that the graph gives.
         calls: sub-graphs in the file.
@@ -196,8 +198,14 @@ def _constant(attribute: Any) -> Any:
     kind = _attribute_type(attribute)
     if kind == "TENSORS":
         return _tensor(attribute.tensors[0])
+    if kind in ("TUPLE", "LIST"):
+        return tuple(_constant(v) for v in attribute.values)
     if kind == "STRING":
         return (attribute.s or b"".join(attribute.strings)).decode(errors="replace")
     if kind == "BOOL" or kind.startswith(("INT", "UINT")):
         return attribute.ints[0] if attribute.ints else attribute.i
-    return None
+    if kind == "FLOAT":
+        return attribute.floats[0] if attribute.floats else attribute.f
+    if kind == "DOUBLE":
+        return attribute.doubles[0] if attribute.doubles else attribute.d
+    return ORDER if kind in ("UMONAD", "IOMONAD") else None

@@ -30,6 +30,7 @@ from ..modeling.shapes import (
     vision_outputs,
 )
 from .errors import ExportError
+from .operators import KBK, PRODUCTS
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
@@ -48,6 +49,8 @@ class Target:
         widens: parameters are of `dtype` whatever is stored; if not, each is what is stored.
         cache_shapes: of one layer, by batch, context and width; those of the kernels.
         attention, experts: variants of the kernels; None where there is no choice.
+        runtime: of the device, see ``operators``; None for a CPU, where every operator has a kernel.
+        products: of Atlas that every graph must be legal on.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Target:
     cache_shapes: Callable[[int, int, int], list[tuple[int, ...]]]
     attention: str | None = None
     experts: str | None = None
+    runtime: str | None = None
+    products: tuple[str, ...] = ()
 
     def parameter_dtype(self, stored: str) -> str:
         """What the parameter of a stored tensor is in the graphs."""
@@ -80,6 +85,8 @@ TARGETS = {
         cache_shapes=cache_of_batch,
         attention="fused",
         experts="fused",
+        runtime=KBK,
+        products=("a2", "a3"),
     ),
 }
 
@@ -221,6 +228,7 @@ class BundlePlan:
             "target": self.target.name,
             "attention": self.target.attention,
             "experts": self.target.experts,
+            "products": self.target.products,
             "dtype": self.dtype,
             "batch": self.batch,
             "contexts": self.contexts,
@@ -302,6 +310,7 @@ def plan_export(
     attention: str | None = None,
     experts: str | None = None,
     copy: bool = False,
+    products: Sequence[str] = (),
 ) -> BundlePlan:
     """The graphs of a bundle.
 
@@ -321,6 +330,7 @@ def plan_export(
         dtype: "bf16", "fp16" or "fp32"; what the weights are stored in, or fp32 for weights that are widened anyway.
         attention, experts: "fused" or "plain" operators, for a target that has both. Default: fused.
         copy: the bundle gets copies of the shards, where it would have links.
+        products: of Atlas that the graphs must be legal on, keys of ``operators.PRODUCTS``. Default: the target's.
 
     Raises:
         ExportError: sizes that the model or each other do not allow.
@@ -340,7 +350,7 @@ def plan_export(
     sizes = tuple(sorted({*contexts(max(asked)), *asked}))
     chunk = min(prefill_chunk, sizes[-1])
     patches, limit, notes = _patches(weights, sizes[-1], image_patches)
-    to = _target(weights, TARGETS[target], attention, experts)
+    to = _target(weights, TARGETS[target], attention, experts, products)
     named = _dtype(weights, to, dtype)
     shared = (config, to, batch)
     graphs = [_vision(config, to, n, tapped) for n in patches for tapped in (False, True)[: 1 + taps]]
@@ -366,8 +376,14 @@ def plan_export(
     )
 
 
-def _target(weights: ConvertedWeights, target: Target, attention: str | None, experts: str | None) -> Target:
-    """`target` with the variants that were asked for, computing in what it takes of the weights."""
+def _target(
+    weights: ConvertedWeights,
+    target: Target,
+    attention: str | None,
+    experts: str | None,
+    products: Sequence[str],
+) -> Target:
+    """`target` with the variants and products that were asked for, computing in what it takes of the weights."""
     for option, choice, default in (
         ("--attention", attention, target.attention),
         ("--experts", experts, target.experts),
@@ -376,6 +392,13 @@ def _target(weights: ConvertedWeights, target: Target, attention: str | None, ex
             raise ExportError(
                 f"{option}: {choice}, but target {target.name} has plain operators only; leave it out"
             )
+    for product in products:
+        if not target.products:
+            raise ExportError(
+                f"--product: {product}, but target {target.name} runs on any machine; leave it out"
+            )
+        if product not in PRODUCTS:
+            raise ExportError(f"--product: {product}, expected {', '.join(PRODUCTS)}")
     if not target.widens:
         if weights.dtype not in ("bfloat16", "float16"):
             raise ExportError(
@@ -383,7 +406,12 @@ def _target(weights: ConvertedWeights, target: Target, attention: str | None, ex
                 "(its fused attention takes no fp32); convert the checkpoint with --dtype bf16 and export that"
             )
         target = replace(target, dtype=weights.dtype)
-    return replace(target, attention=attention or target.attention, experts=experts or target.experts)
+    return replace(
+        target,
+        attention=attention or target.attention,
+        experts=experts or target.experts,
+        products=tuple(sorted(set(products))) or target.products,
+    )
 
 
 def _dtype(weights: ConvertedWeights, target: Target, asked: str | None) -> str:

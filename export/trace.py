@@ -9,7 +9,6 @@ import mindspore as ms
 from mindspore import nn
 from mindspore.common.api import _cell_graph_executor as executor
 
-from ..convert.errors import EnvironmentProblem
 from ..modeling.configuration import ModelConfig
 from ..modeling.graphs import LastLogitsGraph, TextGraph, VisionGraph
 from ..modeling.kernels import get_kernels
@@ -22,14 +21,6 @@ from .plan import VISION, GraphPlan, Target
 from .proto import pb
 
 _DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
-
-
-def check_mindspore(target: Target) -> None:
-    """Raises EnvironmentProblem: the installed MindSpore has not the operators of a target's graphs."""
-    if target.kernels == "ascend" and tuple(map(int, ms.__version__.split(".")[:2])) < (2, 10):
-        raise EnvironmentProblem(
-            f"MindSpore {ms.__version__}: graphs for {target.name} are made of operators of 2.10; install that"
-        )
 
 
 class Tracer:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,9 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
     another file system.
 
     Raises:
-        ExportError: `dst` cannot be used, the network and the weights do not belong together, or a graph for Ascend
-            breaks a rule of ``lint``.
-        EnvironmentProblem, OSError: no room, a failing disk, a MindSpore that is too old for the target.
+        ExportError: `dst` cannot be used, the network and the weights do not belong together, or a graph for a device
+            breaks a rule of ``lint`` or is not legal on a product.
+        EnvironmentProblem, OSError: no room, a failing disk.
     """
     target = Path(dst).resolve()
     check_target(target)
@@ -84,7 +84,7 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
     if plan.copy:
         _check_room(target, sum(plan.shards.values()))
     with _appearing(target) as directory:
-        graphs, mind_ir, launches = _write_graphs(plan, directory, progress)
+        graphs, traced = _write_graphs(plan, directory, progress)
         place = _copy if plan.copy else _link
         copied = tuple(name for name in plan.shards if place(source.directory / name, directory / name))
         for name in plan.copied:
@@ -92,37 +92,49 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
                 (directory / name).write_bytes(plan.adjusted[name])
             else:
                 shutil.copyfile(source.directory / name, directory / name)
-        bundle = _manifest(plan, graphs, mind_ir)
+        bundle = _manifest(plan, graphs, traced)
         (directory / MANIFEST).write_text(bundle.to_json(), encoding="utf-8")
         added = sum(
             f.stat().st_size for f in directory.iterdir() if f.name in copied or f.name not in plan.shards
         )
-    return Written(bundle, copied, added, launches)
+    return Written(bundle, copied, added, traced.launches)
+
+
+@dataclass
+class _Traced:
+    """What is known of the graphs once they are traced."""
+
+    mind_ir: int = 0
+    launches: dict[str, int] = field(default_factory=dict)
+    releases: set[str] = field(default_factory=set)
 
 
 def _write_graphs(
     plan: BundlePlan, directory: Path, progress: Progress | None
-) -> tuple[dict[str, GraphRecord], int, dict[str, int]]:
-    """Traces and writes every graph; their records, the version of the MindIR format, and their launches."""
-    from . import lint, mindir
-    from .trace import Tracer, check_mindspore
+) -> tuple[dict[str, GraphRecord], _Traced]:
+    """Traces, checks and writes every graph."""
+    from . import legality, lint, mindir, releases
+    from .trace import Tracer
 
-    check_mindspore(plan.target)
-    tracer = Tracer(plan.config, plan.target, plan.batch)
+    target = plan.target
+    tracer = Tracer(plan.config, target, plan.batch)
     unused = set(plan.weights.names())
-    records, launches, version = {}, {}, 0
+    records: dict[str, GraphRecord] = {}
+    traced = _Traced(releases=set(releases.CANN if target.runtime else ()))
 
     def write(graph: GraphPlan, model: Any, external: bool) -> None:
-        if plan.target.kernels == "ascend":
-            lint.check(graph.name, model, graph.caches)
+        if target.runtime:
+            lint.check(graph.name, model, graph.caches, graph.inputs)
+            legality.check(graph.name, model, target.runtime, target.products)
+            traced.releases &= releases.run_by(model)
         records[graph.name] = _write_graph(graph, model, external, directory)
-        launches[graph.name] = sum(lint.launches(model).values())
+        traced.launches[graph.name] = sum(lint.launches(model).values())
 
     for graph, bare in plan.traces():
         if progress:
             progress(graph.name, 0)
         model = tracer.trace(graph)
-        version = model.mind_ir_version
+        traced.mind_ir = model.mind_ir_version
         names = _check_parameters(plan, graph, mindir.parameters(model))
         unused -= names
         # All or none: a graph that finds only some of its data would run on arbitrary memory for the rest.
@@ -137,7 +149,7 @@ def _write_graphs(
             progress(graph.name, 2 if bare else 1)
     if unused:
         raise ExportError(f"{min(unused)}: is in {plan.weights.directory}, but no graph uses it")
-    return {graph.name: records[graph.name] for graph in plan.graphs}, version, launches
+    return {graph.name: records[graph.name] for graph in plan.graphs}, traced
 
 
 def _write_graph(graph: GraphPlan, model: Any, external: bool, directory: Path) -> GraphRecord:
@@ -180,14 +192,16 @@ def _check_parameters(plan: BundlePlan, graph: GraphPlan, found: Ports) -> set[s
     return weights
 
 
-def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], mind_ir: int) -> Bundle:
+def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], traced: _Traced) -> Bundle:
     import mindspore
+
+    from .releases import CANN
 
     source = plan.weights
     return Bundle(
         version=__version__,
         mindspore=mindspore.__version__,
-        mind_ir=mind_ir,
+        mind_ir=traced.mind_ir,
         target=plan.target.name,
         dtype=plan.dtype,
         parameter_dtype=plan.target.dtype if plan.target.widens else None,
@@ -206,6 +220,8 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], mind_ir: int) ->
         | {name: FileRecord(len(new), content_hash(new)) for name, new in plan.adjusted.items()},
         attention=plan.target.attention,
         experts=plan.target.experts,
+        products=plan.target.products,
+        releases={release: CANN[release] for release in sorted(traced.releases)},
     )
 
 

@@ -2,9 +2,10 @@
 
 For Atlas A2 and A3, kernel by kernel (``jit_level`` O0 or O1), parameters in bf16 or fp16 as they are stored. The graphs
 are traced on a CPU host, which has no kernel for the fused operators and never runs them. Limits that the front end
-does not check are kept here: FusedInferAttentionScore takes head dims that are multiples of 16, at most 512 and the same
-for keys and values (zero columns change nothing: a zero in q and k adds nothing to a score, one in v is sliced off);
-GroupedMatmul takes int64 counts. Sources for each choice are in ``docs/ascend-operators.md``.
+does not check are kept here as far as padding can: FusedInferAttentionScore takes head dims that are multiples of 16 and
+the same for keys and values (zero columns change nothing: a zero in q and k adds nothing to a score, one in v is sliced
+off); GroupedMatmul takes int64 counts. What it cannot mend is refused at export, by ``export.legality``. Sources for each
+choice are in ``docs/ascend-operators.md``.
 
 At one token per row each operator costs about its launch, so decoding is written for few operators.
 """
@@ -20,7 +21,7 @@ from .. import shapes
 from ..configuration import TextConfig, VisionConfig
 from . import plain
 
-HEAD_DIM_STEP, LARGEST_HEAD_DIM = 16, 512  # of FusedInferAttentionScore
+HEAD_DIM_STEP = 16  # of FusedInferAttentionScore
 # inner_precise of FusedInferAttentionScore: accumulate in fp32, and for text also treat rows that are masked whole.
 PRECISE, PRECISE_MASKED = 0, 2
 COUNTS = 2  # MoeInitRoutingV2 gives how many rows each expert has, not their running sum
@@ -168,21 +169,12 @@ class AddedWindow(Window):
 
 
 class FusedAttention(nn.Cell):
-    """softmax(scale q k^T) v of q [B, heads, T, qk], k [B, heads, S, qk], v [B, heads, S, v] -> [B, heads, T, v].
-
-    Raises:
-        ValueError: the head dim is larger than the operator takes.
-    """
+    """softmax(scale q k^T) v of q [B, heads, T, qk], k [B, heads, S, qk], v [B, heads, S, v] -> [B, heads, T, v]."""
 
     def __init__(self, heads: int, qk: int, v: int, scale: float, precision: int) -> None:
         super().__init__()
         self.v = v
         self.width = -(-max(qk, v) // HEAD_DIM_STEP) * HEAD_DIM_STEP
-        if self.width > LARGEST_HEAD_DIM:
-            raise ValueError(
-                f"attention: a head dim of {max(qk, v)}, but FusedInferAttentionScore takes at most "
-                f"{LARGEST_HEAD_DIM}; use plain attention"
-            )
         self.pad = generated.ConstantPadND()
         self.unpad = Split(v, self.width - v)
         self.attention = generated.FusedInferAttentionScore(
