@@ -12,10 +12,10 @@ from typing import Any
 
 from ..convert.planning import size_text
 from .flops import PRODUCTS, flops
-from .lint import KERNELS
 from .liveness import Live, live
 from .mindir import plain, read
 from .nodes import AFTER, BEFORE, WRITES, Nodes, flat, read_nodes
+from .operators import ROWS
 
 # What graphs for the CPU have besides the operators for Ascend and the products.
 PLAIN = (
@@ -42,7 +42,7 @@ class Summary:
     @property
     def unknown(self) -> list[str]:
         """Operators that no graph of this program has; whether they cost FLOPs is not known."""
-        known = {*PRODUCTS, *KERNELS, *WRITES, *PLAIN}
+        known = {*PRODUCTS, *ROWS, *WRITES, *PLAIN}
         return sorted(set(self.operators) - known)
 
     @cached_property
