@@ -281,7 +281,10 @@ def odd_plan(text: dict[str, int], vision: dict[str, int], **variants: str) -> A
     raw["vision_config"] |= small | vision
     raw["media_placeholder_token_id"] = 7
     weights: Any = SimpleNamespace(
-        config=ModelConfig.from_dict(raw), dtype="bfloat16", directory=DATA / "published"
+        config=ModelConfig.from_dict(raw),
+        dtype="bfloat16",
+        directory=DATA / "published",
+        manifest=SimpleNamespace(files={}),
     )
     sizes: dict[str, Any] = {"seq": (32,), "prefill_chunk": 8, "image_patches": (16,)}
     return plan_export(weights, **sizes, target="ascend", **variants)
