@@ -94,6 +94,7 @@ class Bundle:
         attention, experts: which operators were chosen, "fused" or "plain", where the target has both.
         products: of Atlas that every graph was found legal on.
         releases: of MindSpore whose front end takes the graphs, and the CANN that belongs to each.
+        cache_write: which operator writes into the caches, where the target has several.
     """
 
     version: str
@@ -115,6 +116,7 @@ class Bundle:
     experts: str | None = None
     products: tuple[str, ...] = ()
     releases: dict[str, str] = field(default_factory=dict)
+    cache_write: str | None = None
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "schema": SCHEMA, **asdict(self)}, indent=1) + "\n"

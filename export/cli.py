@@ -21,6 +21,7 @@ from .errors import ExportError
 from .memory import DeviceMemory, estimate, of_graphs
 from .operators import PRODUCTS
 from .plan import (
+    CACHE_WRITES,
     DECODE,
     DEFAULT_CONTEXT,
     DEFAULT_PREFILL_CHUNK,
@@ -42,6 +43,7 @@ Examples:
   export-mindir --seq 4096 --seq 32768 --prefill-chunk 512 --dry-run
   export-mindir --seq 2048 --image-patches 1024,4096 --batch 4
   export-mindir --seq 4096 --dst /media/disk/mindir --copy
+  export-mindir --seq 4096 --target lite --cache-write scatter-nd
   export-mindir --seq 512 --taps --target cpu       (for verify-parity, layer by layer)
 
 \b
@@ -103,7 +105,8 @@ class Products(click.ParamType):
     default=DEFAULT_TARGET,
     show_default=True,
     help="Who runs it. cpu: plain operators in fp32, any machine. ascend: fused operators in the weights' bf16 or fp16, "
-    "for Atlas A2 and A3; it has run on no device yet.",
+    "for Atlas A2 and A3. lite: the same for MindSpore Lite, of operators that the graph engine takes. Neither has run on a "
+    "device yet.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows of a text graph.")
 @click.option(
@@ -130,11 +133,17 @@ class Products(click.ParamType):
 @click.option(
     "--attention",
     type=click.Choice(VARIANTS),
-    help="For ascend: fused operators for prefill and vision attention, or plain ones, to find out which is wrong.  "
+    help="For a device: fused operators for prefill and vision attention, or plain ones, to find out which is wrong.  "
     "[default: fused]",
 )
 @click.option(
-    "--experts", type=click.Choice(VARIANTS), help="For ascend: the same for the experts.  [default: fused]"
+    "--experts", type=click.Choice(VARIANTS), help="For a device: the same for the experts.  [default: fused]"
+)
+@click.option(
+    "--cache-write",
+    type=click.Choice(CACHE_WRITES),
+    help="For a device: which operator writes into the cache, for one that lacks the default's.  "
+    f"[default: {CACHE_WRITES[0]}]",
 )
 @click.option(
     "--product",
@@ -172,6 +181,7 @@ def cli(
     attention: str | None,
     experts: str | None,
     product: tuple[tuple[str, ...], ...],
+    cache_write: str | None,
     taps: bool,
     copy: bool,
     device_memory: float | None,
@@ -197,6 +207,7 @@ def cli(
         "attention": attention or "default",
         "experts": experts or "default",
         "products": ", ".join(p for ps in product for p in ps) or "default",
+        "cache write": cache_write or "default",
         "taps": "yes" if taps else "no",
         "copy": "yes" if copy else "no",
         "device memory": f"{device_memory:g} GB" if device_memory else "any",
@@ -218,6 +229,7 @@ def cli(
             experts,
             copy,
             products=tuple(p for ps in product for p in ps),
+            cache_write=cache_write,
         )
         replaced = check_target(dst)
         click.echo(str(plan), err=as_json)
@@ -271,7 +283,7 @@ def _export(plan: BundlePlan, dst: str, as_json: bool) -> DeviceMemory:
         click.echo(
             f"copied     {name}: {dst} is on another file system than {plan.weights.directory}", err=as_json
         )
-    if plan.target.kernels == "ascend":
+    if plan.target.runtime:
         decode = {n: count for n, count in written.launches.items() if n.startswith(DECODE)}
         click.echo(
             "launches   " + ", ".join(f"{name} {count}" for name, count in decode.items()), err=as_json

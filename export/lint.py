@@ -21,7 +21,8 @@ from .proto import pb
 
 # Nodes that start nothing on the device: structure, order, and other views of the same memory.
 FREE = ("Constant", "Depend", "ExpandDims", "Load", "MakeTuple", "Reshape", "TupleGetItem", "UpdateState")
-WRITE = "KVCacheScatterUpdate"
+# Operators that write into their first operand. The first three make GE keep a parameter as RefData.
+WRITES = ("KVCacheScatterUpdate", "ScatterNdUpdate", "ScatterUpdate", "InplaceIndexCopy")
 # Operators that change how a weight lies or what it is stored in.
 COPIES_OF_WEIGHTS = ("Transpose", "Cast", "TensorMove")
 # What stands for a parameter itself.
@@ -151,15 +152,15 @@ def unordered_caches(lint: Lint) -> Broken:
             cache = lint.parameters.get(value)
             if cache is None or cache not in lint.caches:
                 continue
-            if operator(node) == WRITE and place == 0:
+            if operator(node) in WRITES and place == 0:
                 writes[cache].append(node)
             elif operator(node) == "TensorMove":
-                yield named(node), f"copies {cache}, which {WRITE} must write where it is"
+                yield named(node), f"copies {cache}, which must be written where it is"
             else:
-                yield named(node), f"reads {cache} without waiting for its write; read what {WRITE} gives"
+                yield named(node), f"reads {cache} without waiting for its write; read what the write gives"
     for cache, nodes in writes.items():
         if len(nodes) != 1:
-            yield cache, f"is written {len(nodes)} times, expected once by {WRITE}"
+            yield cache, f"is written {len(nodes)} times, expected once, by one of {', '.join(WRITES)}"
         elif nodes[0].output[0] not in lint.computed:
             yield named(nodes[0]), f"writes {cache}, but no output is computed from what it gives"
 

@@ -24,7 +24,7 @@ from ..modeling.shapes import holds_a_batch
 from . import mindir
 from .bundle import MANIFEST, Bundle, GraphRecord
 from .errors import BundleError
-from .plan import DECODE, PREFILL, PREFILL_LOGITS, VISION
+from .plan import DECODE, FLAT_WRITES, PREFILL, PREFILL_LOGITS, VISION
 from .weights import SharedWeights, check_files
 
 
@@ -82,9 +82,14 @@ class MindIRModel(KimiVLGeneration):
 
 
 def _check_device(directory: Path, bundle: Bundle) -> None:
-    """Raises BundleError: MindSpore runs on something that the bundle's graphs are not for."""
+    """Raises BundleError: MindSpore runs on something that the graphs are not for, or their caches are not kept here."""
     device = running.device()
     if device.lower() == bundle.target:
+        if bundle.cache_write in FLAT_WRITES:
+            raise BundleError(
+                f"{directory}: has caches without an axis for the batch (--cache-write {bundle.cache_write}), which this "
+                "loader does not keep; export with --cache-write scatter or scatter-nd"
+            )
         return
     if device == "CPU":
         raise BundleError(

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import BundleError, ExportError
 from .proto import pb
 
@@ -18,6 +20,8 @@ REFERENCE = "REF::"  # a node's op_type: this and the primitive's name
 Place = tuple[str, int, int]
 """File name, offset from the file's start, length in bytes."""
 
+_MUL = "Mul:of a number"  # a name that no trace gives
+_NUMBERS: dict[int, Any] = {pb.TensorProto.FLOAT: np.float32, pb.TensorProto.INT32: np.int32}
 _DTYPES = {
     pb.TensorProto.FLOAT: "float32",
     pb.TensorProto.FLOAT16: "float16",
@@ -92,6 +96,36 @@ def keep_outputs(model: Any, count: int) -> None:
     kept = [type(n).FromString(n.SerializeToString()) for n in graph.node if needed.intersection(n.output)]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def numbers_as_tensors(model: Any) -> None:
+    """Make every product of a tensor and a number (Muls) one of two tensors (Mul). Call :func:`normalise` after it.
+
+    Raises:
+        ExportError: the tensor is bf16 or fp16, in which the number would be rounded.
+    """
+    primitives = {REFERENCE + p.name: p.op_type for p in model.primitives}
+    numbers = {n.output[0]: n.attribute[0] for n in model.graph.node if n.op_type == "Constant"}
+    nodes: list[Any] = []
+    for node in model.graph.node:
+        if primitives.get(node.op_type) == "Muls":
+            (kind,) = (t.data_type for a in node.attribute if a.name == "shape" for t in a.tensors)
+            if kind not in _NUMBERS:
+                raise ExportError(f"{node.output[0]}: multiplies a number and a tensor that would round it")
+            number = numbers[node.input[1]]
+            value = _NUMBERS[kind](number.i or number.f)
+            constant = pb.NodeProto(op_type="Constant", output=[f"{node.output[0]}:number"])
+            held = constant.attribute.add(name="value", type=pb.AttributeProto.TENSORS).tensors.add()
+            held.data_type, held.name, held.raw_data = kind, "value0", value.tobytes()
+            constant.name = constant.output[0]
+            node.op_type, node.input[1] = f"{REFERENCE}{_MUL}", constant.output[0]
+            nodes.append(constant)
+        nodes.append(node)
+    model.primitives.add(name=_MUL, op_type="Mul", prim_type=pb.PrimitiveProto.PRIMITIVE_FUNCTION)
+    used = {name for node in nodes for name in node.input}
+    _keep(
+        model.graph.node, (n for n in nodes if n.op_type != "Constant" or n.output[0] in used), ordered=True
+    )
 
 
 def point_at(model: Any, places: Mapping[str, Place]) -> None:

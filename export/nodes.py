@@ -20,7 +20,7 @@ VIEWS = ("Depend", "ExpandDims", "Flatten", "Load", "Reshape", "Return", "Squeez
 # Those that only say what belongs together, or what comes first.
 STRUCTURE = ("ListGetItem", "MakeList", "MakeTuple", "TupleGetItem", "UpdateState")
 # Those that write into a parameter, their first operand, and give it.
-WRITES = ("Assign", "KVCacheScatterUpdate", "ScatterNdUpdate", "ScatterUpdate")
+WRITES = ("Assign", "InplaceIndexCopy", "KVCacheScatterUpdate", "ScatterNdUpdate", "ScatterUpdate")
 
 ORDER = object()  # a constant that stands for what comes first, before all nodes
 BEFORE, AFTER = -1, 1 << 30  # the place of a node that belongs to no layer

@@ -77,11 +77,13 @@ InnerMoeTokenUnpermute   | aclnnMoeTokenUnpermute           | a2 a3 310p | -    
 InplaceIndexCopy         | aclnnInplaceIndexCopy            | a2 a3      | -                       |            | X . I X -> X       | X number; I int        | N index/scatter_update
 KVCacheScatterUpdate     | aclnnInplaceScatterUpdate        | a2 a3      | Scatter                 | a2 a3      | X I X . . -> X     | X float; I int         | N index/scatter, docs/aclnnInplaceScatterUpdate.md
 LayerNorm                | aclnnLayerNorm                   | a2 a3      | LayerNorm               | a2 a3 310p | X X X . . . -> X R R | X float; R float32   | N norm/layer_norm_v4
+LessEqual                | aclnnLeTensor                    | a2 a3      | LessEqual               | a2 a3      | X X -> B           | X any; B bool          | M math/less_equal
 MatMul                   | aclnnMatmul                      | a2 a3 310p | MatMulV2                | a2 a3 310p | X X . . -> X       | X float                | N matmul/mat_mul_v3
 MoeInitRoutingV2         | aclnnMoeInitRoutingV2            | a2 a3 310p | -                       |            | X I . . . . . . -> X I I I | X float; I int32 | T2 moe/moe_init_routing_v2
 Mul                      | aclnnMul                         | a2 a3 310p | Mul                     | a2 a3 310p | X X -> X           | X number               | M math/mul
 Muls                     | aclnnMuls                        | a2 a3 310p | -                       |            | X . -> X           | X float                | M math/muls
 Neg                      | aclnnNeg                         | a2 a3      | Neg                     | a2 a3 310p | X -> X             | X number               | M math/neg
+Pad                      | -                                |            | Pad                     | a2 a3      | X -> X             | X float                | W ops.Pad, which names Ascend and no product
 RealDiv                  | -                                |            | RealDiv                 | a2 a3 310p | X X -> X           | X float                | M math/real_div
 ReduceSum                | aclnnReduceSum                   | a2 a3 310p | ReduceSum               | a2 a3 310p | X . . . -> X       | X number               | M math/reduce_sum
 RmsNorm                  | aclnnRmsNorm                     | a2 a3 310p | RmsNorm                 | a2 a3 310p | X X . -> X R       | X float; R float32     | N norm/rms_norm

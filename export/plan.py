@@ -23,6 +23,7 @@ from ..modeling.settings import PROCESSOR, in_token_limit, with_in_token_limit
 from ..modeling.shapes import (
     Ports,
     cache_of_batch,
+    cache_of_slots,
     cache_per_row,
     text_inputs,
     text_outputs,
@@ -30,7 +31,7 @@ from ..modeling.shapes import (
     vision_outputs,
 )
 from .errors import ExportError
-from .operators import KBK, PRODUCTS
+from .operators import GE, KBK, PRODUCTS
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
@@ -48,9 +49,11 @@ class Target:
         dtype: of the graphs' numbers.
         widens: parameters are of `dtype` whatever is stored; if not, each is what is stored.
         cache_shapes: of one layer, by batch, context and width; those of the kernels.
-        attention, experts: variants of the kernels; None where there is no choice.
+        attention, experts, cache_write: variants of the kernels; None where there is no choice.
         runtime: of the device, see ``operators``; None for a CPU, where every operator has a kernel.
         products: of Atlas that every graph must be legal on.
+        cache_writes: the choices for `cache_write`.
+        files: of this package's templates, what a bundle carries for whoever runs it.
     """
 
     name: str
@@ -62,6 +65,9 @@ class Target:
     experts: str | None = None
     runtime: str | None = None
     products: tuple[str, ...] = ()
+    cache_write: str | None = None
+    cache_writes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def parameter_dtype(self, stored: str) -> str:
         """What the parameter of a stored tensor is in the graphs."""
@@ -70,11 +76,14 @@ class Target:
     @property
     def variants(self) -> dict[str, str]:
         """Of the kernels, by what they are of."""
-        chosen = {"attention": self.attention, "experts": self.experts}
+        chosen = {"attention": self.attention, "experts": self.experts, "cache_write": self.cache_write}
         return {what: choice for what, choice in chosen.items() if choice}
 
 
+TEMPLATES = Path(__file__).parent / "templates"
 VARIANTS = ("fused", "plain")
+FLAT_WRITES = ("scatter-update", "index-copy")  # take a cache parameter without an axis for the batch
+CACHE_WRITES = ("scatter", "scatter-nd", *FLAT_WRITES)
 TARGETS = {
     "cpu": Target("cpu", "plain", "float32", widens=True, cache_shapes=cache_per_row),
     "ascend": Target(
@@ -87,8 +96,19 @@ TARGETS = {
         experts="fused",
         runtime=KBK,
         products=("a2", "a3"),
+        cache_write="scatter",
+        cache_writes=CACHE_WRITES,
     ),
 }
+# GE has no adapter for index_copy_.
+TARGETS["lite"] = replace(
+    TARGETS["ascend"],
+    name="lite",
+    kernels="lite",
+    runtime=GE,
+    cache_writes=CACHE_WRITES[:3],
+    files=("lite.ini", "run_lite.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -158,15 +178,16 @@ class BundlePlan:
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """Configuration, tokenizer and processor files."""
-        return tuple(self.weights.manifest.files)
+        """Configuration, tokenizer and processor files, and the target's own."""
+        return (*self.weights.manifest.files, *self.target.files)
 
     @property
     def adjusted(self) -> dict[str, bytes]:
         """Those of them that are not as they are in the converted directory, with what they hold."""
-        if self.picture_limit is None or PROCESSOR not in self.copied:
-            return {}
-        return {PROCESSOR: with_in_token_limit(self.weights.directory, self.picture_limit)}
+        made = {name: (TEMPLATES / name).read_bytes() for name in self.target.files}
+        if self.picture_limit is not None and PROCESSOR in self.copied:
+            made[PROCESSOR] = with_in_token_limit(self.weights.directory, self.picture_limit)
+        return made
 
     @property
     def widened(self) -> bool:
@@ -229,6 +250,7 @@ class BundlePlan:
             "attention": self.target.attention,
             "experts": self.target.experts,
             "products": self.target.products,
+            "cache_write": self.target.cache_write,
             "dtype": self.dtype,
             "batch": self.batch,
             "contexts": self.contexts,
@@ -311,6 +333,7 @@ def plan_export(
     experts: str | None = None,
     copy: bool = False,
     products: Sequence[str] = (),
+    cache_write: str | None = None,
 ) -> BundlePlan:
     """The graphs of a bundle.
 
@@ -331,6 +354,7 @@ def plan_export(
         attention, experts: "fused" or "plain" operators, for a target that has both. Default: fused.
         copy: the bundle gets copies of the shards, where it would have links.
         products: of Atlas that the graphs must be legal on, keys of ``operators.PRODUCTS``. Default: the target's.
+        cache_write: which operator writes into the cache, one of the target's. Default: scatter.
 
     Raises:
         ExportError: sizes that the model or each other do not allow.
@@ -350,7 +374,7 @@ def plan_export(
     sizes = tuple(sorted({*contexts(max(asked)), *asked}))
     chunk = min(prefill_chunk, sizes[-1])
     patches, limit, notes = _patches(weights, sizes[-1], image_patches)
-    to = _target(weights, TARGETS[target], attention, experts, products)
+    to = _target(weights, TARGETS[target], attention, experts, products, cache_write)
     named = _dtype(weights, to, dtype)
     shared = (config, to, batch)
     graphs = [_vision(config, to, n, tapped) for n in patches for tapped in (False, True)[: 1 + taps]]
@@ -382,11 +406,13 @@ def _target(
     attention: str | None,
     experts: str | None,
     products: Sequence[str],
+    cache_write: str | None,
 ) -> Target:
     """`target` with the variants and products that were asked for, computing in what it takes of the weights."""
     for option, choice, default in (
         ("--attention", attention, target.attention),
         ("--experts", experts, target.experts),
+        ("--cache-write", cache_write, target.cache_write),
     ):
         if choice and not default:
             raise ExportError(
@@ -399,6 +425,10 @@ def _target(
             )
         if product not in PRODUCTS:
             raise ExportError(f"--product: {product}, expected {', '.join(PRODUCTS)}")
+    if cache_write and cache_write not in target.cache_writes:
+        raise ExportError(
+            f"--cache-write: {cache_write}, but target {target.name} has {', '.join(target.cache_writes)}"
+        )
     if not target.widens:
         if weights.dtype not in ("bfloat16", "float16"):
             raise ExportError(
@@ -406,11 +436,15 @@ def _target(
                 "(its fused attention takes no fp32); convert the checkpoint with --dtype bf16 and export that"
             )
         target = replace(target, dtype=weights.dtype)
+    write = cache_write or target.cache_write
+    if write in FLAT_WRITES:
+        target = replace(target, cache_shapes=cache_of_slots)
     return replace(
         target,
         attention=attention or target.attention,
         experts=experts or target.experts,
         products=tuple(sorted(set(products))) or target.products,
+        cache_write=write,
     )
 
 

@@ -17,6 +17,7 @@ from ..modeling.shapes import Ports
 from ..modeling.vision import MoonViT, Projector
 from . import mindir
 from .errors import ExportError
+from .operators import GE
 from .plan import VISION, GraphPlan, Target
 from .proto import pb
 
@@ -28,6 +29,7 @@ class Tracer:
 
     def __init__(self, config: ModelConfig, target: Target, batch: int) -> None:
         self.config = config
+        self.target = target
         self.batch = batch
         self.dtype = _DTYPES[target.dtype]
         self.kernels = get_kernels(target.kernels, **target.variants)
@@ -59,6 +61,8 @@ class Tracer:
             ExportError: the traced graph is not what the plan says.
         """
         model = _trace(self.cell(graph), graph.inputs)
+        if self.target.runtime == GE:
+            mindir.numbers_as_tensors(model)
         mindir.normalise(model)
         found = mindir.inputs(model)
         if list(found.items()) != list(graph.inputs.items()):

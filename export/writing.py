@@ -222,6 +222,7 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], traced: _Traced)
         experts=plan.target.experts,
         products=plan.target.products,
         releases={release: CANN[release] for release in sorted(traced.releases)},
+        cache_write=plan.target.cache_write,
     )
 
 

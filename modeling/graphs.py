@@ -65,6 +65,7 @@ class TextGraph(nn.Cell):
             ]
         )
         self.language_model = model
+        self.slots = kernels.Slots(batch, tokens, context)
         self.window = kernels.Window(batch, tokens, context)
         self.batch, self.tokens, self.hidden = batch, tokens, text.hidden_size
         self.vocab = text.vocab_size
@@ -78,7 +79,9 @@ class TextGraph(nn.Cell):
         replaced = ops.broadcast_to(ops.greater(ops.reshape(embeds_mask, (rows, 1)), 0), (rows, self.hidden))
         x = ops.select(replaced, ops.reshape(embeds, (rows, self.hidden)), x)
         cos, sin = ops.reshape(cos, (rows, -1)), ops.reshape(sin, (rows, -1))
-        hidden, routing = self.language_model.model(x, cos, sin, self.caches, self.window(start))
+        hidden, routing = self.language_model.model(
+            x, cos, sin, self.caches, self.slots(start), self.window(start)
+        )
         taps = ()
         if self.taps:
             taps += (ops.reshape(ops.stack(hidden), (-1, self.batch, self.tokens, self.hidden)),)

@@ -56,15 +56,17 @@ class Attention(nn.Cell):
         self.split_q = kernels.Split(nope, config.qk_rope_head_dim)
         self.split_kv = kernels.Split(lora, config.qk_rope_head_dim)
         self.rotate = kernels.Rotate(self.heads, config.qk_rope_head_dim)
+        self.write = kernels.CacheWrite()
         self.attention = kernels.LatentAttention(config)
 
-    def construct(self, x, tables, caches, window):
+    def construct(self, x, tables, caches, slots, window):
         rows = x.shape[0]
         q_nope, q_rope = self.split_q(ops.reshape(self.q_proj(x), (rows, self.heads, -1)))
         latent, k_rope = self.split_kv(self.kv_a_proj_with_mqa(x))
         q_rope, k_rope = self.rotate(q_rope, k_rope, tables)
         latent = ops.concat((self.kv_a_layernorm(latent), k_rope), -1)
-        y = self.attention(q_nope, q_rope, latent, caches, window, self.k_b_proj.weight, self.v_b_proj.weight)
+        caches = self.write(caches, latent, slots)
+        y = self.attention(q_nope, q_rope, caches, window, self.k_b_proj.weight, self.v_b_proj.weight)
         return self.o_proj(y)
 
 
@@ -150,8 +152,8 @@ class DecoderLayer(nn.Cell):
         else:
             self.mlp = MLP(kernels, dtype, config.hidden_size, config.intermediate_size)
 
-    def construct(self, x, tables, caches, window):
-        x = x + self.self_attn(self.input_layernorm(x), tables, caches, window)
+    def construct(self, x, tables, caches, slots, window):
+        x = x + self.self_attn(self.input_layernorm(x), tables, caches, slots, window)
         h = self.post_attention_layernorm(x)
         indices = None
         if self.is_moe:
@@ -183,13 +185,13 @@ class TextModel(nn.Cell):
         self.norm = RMSNorm(kernels, dtype, config.hidden_size, config.rms_norm_eps)
         self.tables = kernels.RotaryTables(config.num_attention_heads, config.qk_rope_head_dim)
 
-    def construct(self, x, cos, sin, caches, window):
+    def construct(self, x, cos, sin, caches, slots, window):
         """x [R, H] -> the layers' outputs (the last before the final norm) and the MoE layers' chosen experts."""
         tables = self.tables(cos, sin)
         per_layer = len(caches) // len(self.layers)
         hidden, routing = (), ()
         for i, layer in enumerate(self.layers):
-            x, indices = layer(x, tables, caches[i * per_layer : (i + 1) * per_layer], window)
+            x, indices = layer(x, tables, caches[i * per_layer : (i + 1) * per_layer], slots, window)
             hidden += (x,)
             if indices is not None:
                 routing += (indices,)

@@ -26,6 +26,11 @@ def holds_a_batch(cache: tuple[int, ...]) -> bool:
     return len(cache) == 4
 
 
+def cache_of_slots(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
+    """Shapes of one layer's cache parameters: one for all rows, whose slots follow each other."""
+    return [(batch * context, width)]
+
+
 def vision_inputs(config: ModelConfig, patches: int) -> Ports:
     """Of a vision graph."""
     half = config.vision.head_dim // 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import bundles
 import mindspore as ms
+import numpy as np
 import pytest
 import sparse
 from checkpoints import configuration, tensors, write_checkpoint
@@ -18,6 +21,7 @@ from click.testing import CliRunner
 from golden import DATA
 from mindspore import nn
 from mindspore.train import mind_ir_pb2 as pb
+from traced import run, trace
 
 import kimi_vl
 from kimi_vl.convert import convert
@@ -34,16 +38,33 @@ from kimi_vl.export import (
 )
 from kimi_vl.export.bundle import Bundle, GraphRecord
 from kimi_vl.export.cli import cli
-from kimi_vl.export.operators import KBK
-from kimi_vl.export.plan import BundlePlan, open_converted
+from kimi_vl.export.operators import GE, KBK, ROWS
+from kimi_vl.export.plan import CACHE_WRITES, FLAT_WRITES, BundlePlan, open_converted
 from kimi_vl.export.trace import Tracer
-from kimi_vl.modeling.kernels import get_kernels
+from kimi_vl.modeling import running
+from kimi_vl.modeling.kernels import get_kernels, lite
 from kimi_vl.modeling.modeling_kimi_vl import _has_data
+from kimi_vl.verify.mindir import Interpreter, read_graph
 
 SMALL = {"seq": (128,), "prefill_chunk": 32, "image_patches": (64,), "target": "ascend"}
 # Two layers, one dense and one with experts, and one block of the vision tower, all of the published dimensions.
 WIDE = {"seq": (256,), "prefill_chunk": 256, "image_patches": (1024,), "target": "ascend"}
+# Fused operators that CANN documents for Atlas A2 and A3 only, or not in full for the inference series.
+NOT_ON_310P = {
+    "FusedInferAttentionScore",
+    "GroupedMatmul",
+    "GroupedMatmulV4",
+    "InnerMoeTokenUnpermute",
+    "InplaceIndexCopy",
+    "KVCacheScatterUpdate",
+    "MoeInitRoutingV2",
+}
 LAUNCHES = 46  # operators that a layer with experts starts per token, at a batch of one
+
+
+class Products(nn.Cell):
+    def construct(self, x, i):
+        return 0.1 * x + 0.1, i * 7, x * -1e30
 
 
 def real_dimensions(layers: int) -> dict:
@@ -216,17 +237,48 @@ def test_two_processes_write_the_same_bytes(written, tmp_path):
         assert (written["nano"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("attention, experts", [("plain", "fused"), ("fused", "plain"), ("plain", "plain")])
-def test_attention_and_experts_can_be_made_of_plain_operators(plans, tmp_path, attention, experts):
-    plan = plan_export(plans["tiny8-bf16"].weights, **SMALL, batch=2, attention=attention, experts=experts)
-    export(plan, tmp_path / "mindir")
+@pytest.mark.parametrize(
+    "target, attention, experts",
+    [("ascend", "plain", "fused"), ("ascend", "fused", "plain"), ("lite", "plain", "plain")],
+)
+def test_attention_and_experts_can_be_made_of_plain_operators(plans, tmp_path, target, attention, experts):
+    asked = SMALL | {"target": target, "attention": attention, "experts": experts}
+    export(plan_export(plans["tiny8-bf16"].weights, **asked, batch=2), tmp_path / "mindir")
     manifest = Bundle.load(tmp_path / "mindir")
-    assert (manifest.target, manifest.attention, manifest.experts) == ("ascend", attention, experts)
+    assert (manifest.target, manifest.attention, manifest.experts) == (target, attention, experts)
     made = graphs(tmp_path / "mindir")
     for graph in ("prefill-32x128", "vision-64"):
         assert (operators(made[graph])["FusedInferAttentionScore"] == 0) == (attention == "plain")
     for graph in ("prefill-32x128", "decode-128"):
-        assert (operators(made[graph])["GroupedMatmulV4"] == 0) == (experts == "plain")
+        grouped = {"ascend": "GroupedMatmulV4", "lite": "GroupedMatmul"}[target]
+        assert (operators(made[graph])[grouped] == 0) == (experts == "plain")
+
+
+@pytest.mark.parametrize("cache_write", CACHE_WRITES)
+def test_each_way_to_write_the_cache_uses_its_operator_once_a_layer(plans, cache_write):
+    plan = plan_export(plans["tiny8-bf16"].weights, **SMALL, batch=2, cache_write=cache_write)
+    text, (graph,) = plan.config.text, (g for g in plan.graphs if g.name == "prefill-32x128")
+    shape = (2 * 128, text.latent_dim) if cache_write in FLAT_WRITES else (2, 1, 128, text.latent_dim)
+    assert graph.caches["cache.0.0"] == (shape, "bfloat16")
+    model = Tracer(plan.config, plan.target, 2).trace(graph)
+    lint.check(graph.name, model, graph.caches, graph.inputs)
+    legality.check(graph.name, model, KBK, plan.target.products)
+    written = {n: count for n, count in operators(model).items() if n in lint.WRITES}
+    assert written == {lint.WRITES[CACHE_WRITES.index(cache_write)]: text.num_hidden_layers}
+    assert plan.to_dict()["cache_write"] == cache_write
+
+
+@pytest.mark.parametrize("target", ["ascend", "lite"])
+def test_fp16_and_plain_operators_leave_out_what_an_atlas_300i_duo_lacks(tmp_path, target):
+    convert(DATA / "tiny8-bf16", tmp_path / "ckpt", dtype="fp16", allow_overflow=True)
+    plain = {"attention": "plain", "experts": "plain", "cache_write": "scatter-nd"}
+    plan = plan_export(open_converted(tmp_path / "ckpt"), **SMALL | {"target": target, **plain})
+    tracer = Tracer(plan.config, plan.target, plan.batch)
+    made = {g.kind: tracer.trace(g) for g in plan.graphs if g.all_logits}
+    assert made.keys() == {"vision", "prefill-logits", "decode"}
+    for model in made.values():
+        assert not operators(model).keys() & NOT_ON_310P
+        assert {dtype for _, dtype in mindir.parameters(model).values()} <= {"float16", "float32"}
 
 
 def test_rows_of_a_batch_share_one_cache_parameter(plans):
@@ -244,6 +296,20 @@ def test_fp16_weights_give_fp16_graphs(tmp_path):
     export(plan, tmp_path / "mindir")
     model = mindir.read(tmp_path / "mindir/decode-128.mindir")
     assert mindir.outputs(model)[0][1] == "float16" and mindir.inputs(model)["cos"][1] == "float16"
+
+
+def test_for_the_graph_engine_a_number_becomes_a_tensor():
+    x = np.array([[1.5, -2, 0.25]], np.float32)
+    i = np.array([[3, -4]], np.int32)
+    model = trace(Products(), x, i, static=False)
+    assert operators(model)["Muls"] == 3
+    mindir.numbers_as_tensors(model)
+    mindir.normalise(model)
+    assert operators(model) == {"Mul": 3, "Add": 1}
+    got = run(Interpreter(read_graph(model), {}), x, i)
+    assert np.array_equal(got[0], x * np.float32(0.1) + np.float32(0.1)) and np.array_equal(got[1], i * 7)
+    with pytest.raises(ExportError, match="multiplies a number and a tensor that would round it"):
+        mindir.numbers_as_tensors(trace(Products(), x.astype(np.float16), i, static=False))
 
 
 def test_head_dims_of_any_size_are_padded(tmp_path):
@@ -276,6 +342,49 @@ def test_variants_are_for_targets_that_have_them(plans):
     for name, variants in (("plain", {"attention": "fused"}), ("ascend", {"experts": "slow"})):
         with pytest.raises(ValueError, match=f"kernels: {name} has no"):
             get_kernels(name, **variants)
+
+
+def test_index_copy_is_not_for_lite(plans):
+    with pytest.raises(
+        ExportError, match="--cache-write: index-copy, but target lite has scatter, scatter-nd"
+    ):
+        plan_export(plans["tiny8-bf16"].weights, target="lite", cache_write="index-copy")
+    with pytest.raises(ValueError, match="kernels: lite has no cache_write called 'index-copy'"):
+        get_kernels("lite", cache_write="index-copy")
+
+
+def test_an_operator_without_a_graph_engine_adapter_is_refused(written):
+    model = mindir.read(written["tiny8-bf16"] / "decode-128.mindir")
+    legality.check("decode-128", model, KBK, ("a2", "a3"))
+    with pytest.raises(ExportError, match="decode-128: node .* is listed for no product in a graph engine"):
+        legality.check("decode-128", model, GE, ("a2", "a3"))
+
+
+def test_more_rows_than_fp32_can_number_are_refused(plans, monkeypatch):
+    plan = plan_export(plans["tiny8-bf16"].weights, **SMALL | {"target": "lite"})
+    (decode,) = (g for g in plan.graphs if g.name == "decode-128")
+    monkeypatch.setattr(lite, "EXACT", 1)
+    with pytest.raises(ValueError, match="more rows than fp32 can number; use a smaller prefill chunk"):
+        Tracer(plan.config, plan.target, 1).trace(decode)
+
+
+def test_flat_caches_are_not_for_the_loader(written, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(written["nano"], tmp_path / "flat"))
+    bundles.edit(copy, lambda manifest: manifest.update(cache_write="index-copy"))
+    monkeypatch.setattr(running, "device", lambda: "Ascend")
+    with pytest.raises(
+        BundleError, match="which this loader does not keep; export with --cache-write scatter"
+    ):
+        MindIRModel.from_bundle(copy)
+
+
+def test_the_wheel_has_every_adapter_that_lite_counts_on():
+    library = Path(ms.__file__).parent / "lib/plugin/ascend/libmindspore_ascend_res_manager.so"
+    if not library.is_file():
+        pytest.skip("this MindSpore has no Ascend library")
+    found = re.findall(rb"ascend9OpAdapterI(?:N2ge2op|NS1_)\d+(?:cz)?(\w+?)E+\0", library.read_bytes())
+    assert len(set(found)) > 700
+    assert {row.kernels[GE].encode() for row in ROWS.values() if row.kernels[GE]} <= set(found)
 
 
 def test_a_cpu_does_not_run_it(written):
@@ -459,7 +568,7 @@ FAULTS = {
     "a cache read without its write": (read_cache, "reads cache.0.0 without waiting for its write"),
     "a cache read beside its write": (read_before_write, r"\(Load\): reads cache.0.0 without waiting for its write"),
     "a write that nothing takes": (forget_read, "writes cache.0.0, but no output is computed from what it gives"),
-    "a copied cache": (copy_cache, "copies cache.0.0, which KVCacheScatterUpdate must write where it is"),
+    "a copied cache": (copy_cache, "copies cache.0.0, which must be written where it is"),
     "a cache that nothing writes": (forget_write, "is written 0 times"),
     "a transposed weight": (change_weight("Transpose"), r"\(Transpose\): changes the weight .*weight"),
     "a cast weight": (change_weight("Cast"), r"\(Cast\): changes the weight .*weight"),

@@ -1,4 +1,4 @@
-"""A bundle for Ascend, executed node by node from the shipped bf16 graphs and weights, against Torch."""
+"""Bundles for a device, executed node by node from the shipped bf16 graphs and weights, against Torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import bundles
 import numpy as np
@@ -14,12 +15,14 @@ from click.testing import CliRunner
 from golden import DATA, check_cache, check_case, inputs, load_case, rel_l2
 
 from kimi_vl.export import export, plan_export
-from kimi_vl.export.plan import open_converted
+from kimi_vl.export.plan import TARGETS, open_converted
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.interpreted import InterpretedModel
 
 BF16 = "tiny8-bf16"
 CASES = ("text", "image", "images2", "bigimage", "long", "batch")
+DEVICES = tuple(name for name, target in TARGETS.items() if target.runtime)
+SMALL = {"seq": (256,), "taps": False}
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
@@ -29,46 +32,59 @@ def _room() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def bundle(attention: str = "fused", experts: str = "fused", batch: int = 1) -> Path:
-    """With these variants of the kernels."""
-    path = Path(_room().name) / f"{attention}-{experts}-{batch}"
-    sizes = bundles.SIZES[BF16] | {"batch": batch}
+def bundle(target: str, **changed: Any) -> Path:
+    """The golden checkpoint's, its sizes or the variants of the kernels changed."""
+    path = Path(_room().name) / "-".join([target, *map(str, changed.values())])
     weights = open_converted(bundles.converted(BF16))
-    export(plan_export(weights, **sizes, target="ascend", attention=attention, experts=experts), path)
+    export(plan_export(weights, **bundles.SIZES[BF16] | {"target": target} | changed), path)
     return path
 
 
+@pytest.mark.parametrize("target", DEVICES)
 @pytest.mark.parametrize("case", CASES)
-def test_apart_from_rounding_it_computes_what_torch_does(case):
+def test_apart_from_rounding_it_computes_what_torch_does(target, case):
     """Logits, every layer and the pictures within 1e-5, routing and 32 cached greedy tokens identical."""
-    check_case(InterpretedModel.from_bundle(bundle()), load_case(BF16, case))
+    check_case(InterpretedModel.from_bundle(bundle(target)), load_case(BF16, case))
 
 
-@pytest.mark.parametrize(("attention", "experts"), [("plain", "fused"), ("fused", "plain")])
-def test_so_does_each_variant(attention, experts):
-    check_case(InterpretedModel.from_bundle(bundle(attention, experts)), load_case(BF16, "image"))
+@pytest.mark.parametrize(
+    ("target", "variants"),
+    [
+        ("ascend", {"attention": "plain"}),
+        ("ascend", {"experts": "plain"}),
+        ("ascend", {"cache_write": "scatter-update"}),
+        ("lite", {"attention": "plain", "experts": "plain", "cache_write": "scatter-nd"}),
+    ],
+)
+def test_so_does_each_variant(target, variants):
+    model = InterpretedModel.from_bundle(bundle(target, **SMALL, **variants))
+    check_case(model, load_case(BF16, "image"), taps=False)
 
 
-def test_so_does_a_batch_whose_rows_share_a_cache_parameter():
-    model = InterpretedModel.from_bundle(bundle(batch=2))
-    check_case(model, load_case(BF16, "batch"))
+@pytest.mark.parametrize(
+    ("target", "cache_write"),
+    [("ascend", "scatter"), ("ascend", "index-copy"), ("lite", "scatter-update")],
+)
+def test_so_does_a_batch_whose_rows_share_a_cache_parameter(target, cache_write):
+    model = InterpretedModel.from_bundle(bundle(target, **SMALL, cache_write=cache_write, batch=2))
+    check_case(model, load_case(BF16, "batch"), taps=False)
 
 
 def test_its_cache_is_right_after_32_steps():
-    check_cache(InterpretedModel.from_bundle(bundle()), load_case(BF16, "text"))
+    check_cache(InterpretedModel.from_bundle(bundle("ascend")), load_case(BF16, "text"))
 
 
 @pytest.mark.parametrize("case", ["text", "image"])
 def test_rounded_to_bf16_at_every_operator_it_is_as_far_from_fp32_as_torchs_bf16(case):
     """Up to a factor of 4, which two right bf16 runs differ by where a choice of experts flips."""
     golden = load_case(BF16, case)
-    model = InterpretedModel.from_bundle(bundle(), arithmetic="rounded")
+    model = InterpretedModel.from_bundle(bundle("ascend"), arithmetic="rounded")
     distance = rel_l2(model(**inputs(golden)).logits.asnumpy(), golden["logits"])
     assert 0 < distance**2 <= 4 * float(golden["bf16_nmse"])
 
 
 def test_verify_parity_judges_it_rounded_by_what_rounding_costs_torch(tmp_path):
-    arguments = ["--reference", DATA / BF16, "--candidate", bundle(), "--report", tmp_path]
+    arguments = ["--reference", DATA / BF16, "--candidate", bundle("ascend"), "--report", tmp_path]
     arguments += ["--arithmetic", "rounded", "--cases", "image", "--cases", "pieces"]
     result = CliRunner().invoke(cli, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
@@ -83,7 +99,7 @@ def test_verify_parity_judges_it_rounded_by_what_rounding_costs_torch(tmp_path):
 
 
 def test_a_wrong_weight_is_seen():
-    model = InterpretedModel.from_bundle(bundle())
+    model = InterpretedModel.from_bundle(bundle("ascend"))
     array, changed = model.weights.array, "language_model.model.layers.1.mlp.experts.down_proj"
     assert changed in model.weights
     model.weights.array = lambda name: np.flip(array(name), 0) if name == changed else array(name)

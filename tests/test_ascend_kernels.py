@@ -19,7 +19,7 @@ from mindspore import ops
 from kimi_vl.export.plan import open_converted
 from kimi_vl.modeling.engine import Engine
 from kimi_vl.modeling.graphs import LastLogitsGraph, TextGraph, VisionGraph
-from kimi_vl.modeling.kernels import ascend, get_kernels
+from kimi_vl.modeling.kernels import ascend, cache_writes, get_kernels
 from kimi_vl.modeling.language import LanguageModel
 from kimi_vl.modeling.positions import text_rope
 from kimi_vl.modeling.vision import MoonViT, Projector
@@ -173,7 +173,8 @@ def eager(monkeypatch):
         SystemError
     ):  # with a NumPy newer than MindSpore's own, the first eager operator fails
         ops.reshape(ms.Tensor([1.0]), (1, 1))
-    monkeypatch.setattr(ascend, "generated", DOCUMENTED)
+    for module in (ascend, cache_writes):
+        monkeypatch.setattr(module, "generated", DOCUMENTED)
     yield
     ms.set_context(mode=before)
 

@@ -114,6 +114,25 @@ def test_topk_ext_docstring(largest, values, indices):
     assert got[1].dtype == np.int64 and got[1].tolist() == indices
 
 
+def test_pad_docstring():
+    x = np.array([[-0.1, 0.3, 3.6], [0.4, 0.5, -3.2]], np.float32)
+    want = np.zeros((5, 6), np.float32)
+    want[1:3, 2:5] = x
+    close(interpret(Apply(ops.Pad(((1, 2), (2, 1)))), x)[0], want)
+
+
+def test_sort_docstring():
+    x = np.array([[8, 2, 1], [5, 9, 3], [4, 6, 7]], np.float16)
+    values, indices = interpret(Apply(ops.Sort()), x)
+    close(values, [[1, 2, 8], [3, 5, 9], [4, 6, 7]])
+    assert indices.dtype == np.int32 and indices.tolist() == [[2, 1, 0], [2, 0, 1], [0, 1, 2]]
+
+
+def test_topk_docstring():
+    values, indices = interpret(Apply(ops.TopK(), 3), np.array([1, 2, 3, 4, 5], np.float16))
+    assert values.tolist() == [5, 4, 3] and indices.dtype == np.int32 and indices.tolist() == [4, 3, 2]
+
+
 GROUPED_X = np.array([[0], [1], [2], [2], [1], [1]], np.float16) * np.ones(4, np.float16)
 GROUPED_W = np.arange(32, dtype=np.float16).reshape(4, 4, 2)
 GROUPED_Y = [[0, 0], [44, 48], [88, 96], [152, 160], [108, 112], [108, 112]]

@@ -44,7 +44,11 @@ def test_a_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path) -> 
         for path in (ROOT / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"kimi_vl/nano/tiktoken.model", "kimi_vl/verify/templates/report.html.j2"} < wanted
+    assert {
+        "kimi_vl/nano/tiktoken.model",
+        "kimi_vl/verify/templates/report.html.j2",
+        "kimi_vl/export/templates/lite.ini",
+    } < wanted
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entries,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))

@@ -13,16 +13,19 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``SwiGLU()`` | [R, 2I], gate columns first -> [R, I] |
 | ``Router(config)`` | x [R, H], weight [E, H] fp32, bias [E] fp32 -> indices [R, k] int32, weights [R, k] fp32 |
 | ``Experts(config)`` | x [R, H], gate_up [E, H, 2I], down [E, I, H], indices, weights [R, k] -> [R, H] |
-| ``Window(batch, tokens, context)`` | start [B] int32 -> what LatentAttention needs to know about the cache window |
-| ``LatentAttention(config)`` | queries [R, heads, nope] and [R, heads, rope], rows [R, latent], caches, window, k_b, v_b -> [R, heads * v]; writes rows into the cache |
+| ``Slots(batch, tokens, context)`` | start [B] int32 -> where CacheWrite writes |
+| ``CacheWrite()`` | a layer's cache parameters, rows [R, latent], slots -> the caches with the rows in them, written in place |
+| ``Window(batch, tokens, context)`` | start [B] int32 -> what LatentAttention needs to know about the slots that are seen |
+| ``LatentAttention(config)`` | queries [R, heads, nope] and [R, heads, rope], what CacheWrite gave, window, k_b, v_b -> [R, heads * v] |
 | ``VisionAttention(config)`` | q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden] |
 | ``cache_shapes(batch, context, width)`` | the shapes of one layer's cache parameters |
 | ``parameter_dtype(dtype)`` | the dtype that parameters of a model in ``dtype`` have on this backend |
 
 R = batch * tokens rows. Everything else of the network is written once, in ``vision`` and ``language``.
 
-A backend with fused operators also has ``VARIANTS``: for "attention" and "experts" and each choice, the entries that
-differ from the module's own. So whoever runs on a device can tell which operator is wrong there.
+A backend for a device also has ``VARIANTS``: for "attention", "experts" and "cache_write" and each choice, the entries
+that differ from the module's own. So whoever runs on a device can tell which operator is wrong there, and leave out one
+that a product does not have.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType, SimpleNamespace
 
-BACKENDS = ("plain", "ascend")
+BACKENDS = ("plain", "ascend", "lite")
 Kernels = ModuleType | SimpleNamespace
 
 
@@ -38,7 +41,7 @@ def get_kernels(name: str, **variants: str) -> Kernels:
     """The backend called `name`.
 
     Args:
-        variants: "fused" or "plain" for `attention` and `experts`, where the backend has that choice.
+        variants: one of the choices for `attention`, `experts` and `cache_write`, where the backend has any.
 
     Raises:
         ValueError: there is no such backend or variant.

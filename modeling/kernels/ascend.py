@@ -12,6 +12,8 @@ At one token per row each operator costs about its launch, so decoding is writte
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import nn, ops
 from mindspore.ops import auto_generate as generated
@@ -19,7 +21,7 @@ from mindspore.ops import operations as P
 
 from .. import shapes
 from ..configuration import TextConfig, VisionConfig
-from . import plain
+from . import cache_writes, plain
 
 HEAD_DIM_STEP = 16  # of FusedInferAttentionScore
 # inner_precise of FusedInferAttentionScore: accumulate in fp32, and for text also treat rows that are masked whole.
@@ -29,6 +31,8 @@ COUNTS = 2  # MoeInitRoutingV2 gives how many rows each expert has, not their ru
 GROUPS = {"split_item": 3, "group_type": 0, "group_list_type": 1}
 
 Embedding = plain.Embedding
+Slots = cache_writes.Starts
+CacheWrite = cache_writes.KVCacheScatterWrite
 cache_shapes = shapes.cache_of_batch
 
 
@@ -68,6 +72,29 @@ class Split(nn.Cell):
 
     def construct(self, x):
         return self.split(x, self.sizes, -1)
+
+
+class Pad(nn.Cell):
+    """`count` zeros after the last axis of [B, heads, T, D]."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.pad = generated.ConstantPadND()
+
+    def construct(self, x):
+        return self.pad(x, (0, self.count), 0.0) if self.count > 0 else x
+
+
+class AddScaled(nn.Cell):
+    """x + y * factor, as one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = generated.AddExt()
+
+    def construct(self, x, y, factor):
+        return self.add(x, y, factor)
 
 
 class RotaryTables(nn.Cell):
@@ -139,9 +166,9 @@ class Experts(nn.Cell):
 
 
 class Window(nn.Cell):
-    """The first slot that each row writes [B] int64, and the slots that its tokens do not see.
+    """The slots that the tokens do not see.
 
-    For one token per row these are fp32 [B, 1, S], added to the scores; for a chunk bool [B, 1, T, S]. It says chunk and
+    For one token per row a mask in fp32 [B, 1, S], added to the scores; for a chunk bool [B, 1, T, S]. It says chunk and
     length at once and needs no assumption about how an operator aligns a causal mask.
     """
 
@@ -157,7 +184,7 @@ class Window(nn.Cell):
         mask = ops.greater(self.slots, last)  # (B, 1, T, S)
         if self.added:
             mask = ops.cast(ops.reshape(mask, (self.batch, -1, self.context)), ms.float32) * plain.MASKED
-        return ops.cast(start, ms.int64), mask
+        return mask
 
 
 class AddedWindow(Window):
@@ -171,12 +198,15 @@ class AddedWindow(Window):
 class FusedAttention(nn.Cell):
     """softmax(scale q k^T) v of q [B, heads, T, qk], k [B, heads, S, qk], v [B, heads, S, v] -> [B, heads, T, v]."""
 
+    pad, split = Pad, Split  # a backend may have others
+
     def __init__(self, heads: int, qk: int, v: int, scale: float, precision: int) -> None:
         super().__init__()
         self.v = v
         self.width = -(-max(qk, v) // HEAD_DIM_STEP) * HEAD_DIM_STEP
-        self.pad = generated.ConstantPadND()
-        self.unpad = Split(v, self.width - v)
+        self.pad_keys = self.pad(self.width - qk)
+        self.pad_values = self.pad(self.width - v)
+        self.unpad = self.split(v, self.width - v)
         self.attention = generated.FusedInferAttentionScore(
             num_heads=heads,
             num_key_value_heads=heads,
@@ -188,16 +218,11 @@ class FusedAttention(nn.Cell):
 
     def construct(self, q, k, v, mask=None, lengths=None):
         """mask [B, 1, T, S] is True where a key is not seen; lengths [B] int64 of queries and keys alike."""
-        q, k, v = self._padded(q), self._padded(k), self._padded(v)
+        q, k, v = self.pad_keys(q), self.pad_keys(k), self.pad_values(v)
         y = self.attention(q, [k], [v], None, mask, lengths, lengths)[0]
         if self.width > self.v:
             y = self.unpad(y)[0]
         return y
-
-    def _padded(self, x):
-        if x.shape[-1] < self.width:
-            x = self.pad(x, (0, self.width - x.shape[-1]), 0.0)
-        return x
 
 
 class HeadsFirst(nn.Cell):
@@ -208,22 +233,20 @@ class HeadsFirst(nn.Cell):
 
 
 class BatchAttention(plain.LatentAttention):
-    """One cache parameter for all rows of the batch, written by an operator that everything after it depends on."""
+    """One cache for all rows of the batch."""
+
+    add_scaled, split = AddScaled, Split  # a backend may have others
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
-        self.update = generated.KVCacheScatterUpdate()
-        self.add_scaled = generated.AddExt()
+        self.mask_scaled = self.add_scaled()
         self.rope = config.qk_rope_head_dim
-        self.split_latent = Split(self.lora, self.rope)
+        self.split_latent = self.split(self.lora, self.rope)
 
-    def construct(self, q_nope, q_rope, rows, caches, window, k_b, v_b):
-        start, mask = window
-        batch, width = caches[0].shape[0], rows.shape[-1]
-        new = ops.reshape(rows, (batch, 1, -1, width))  # (B, 1, T, lora + rope)
-        cache = self.update(caches[0], start, new, -2, "update")
-        cache = ops.reshape(cache, (batch, -1, width))  # (B, S, lora + rope)
-        if new.shape[2] == 1:
+    def construct(self, q_nope, q_rope, caches, mask, k_b, v_b):
+        batch = mask.shape[0]
+        cache = ops.reshape(caches[0], (batch, -1, self.lora + self.rope))  # (B, S, lora + rope)
+        if q_nope.shape[0] == batch:
             y = self.decode(q_nope, q_rope, cache, mask, k_b, v_b)
         else:
             y = self.prefill_batch(q_nope, q_rope, cache, mask, k_b, v_b)
@@ -233,7 +256,7 @@ class BatchAttention(plain.LatentAttention):
         """One token of each row: queries [B, heads, nope], [B, heads, rope] -> [B, heads * v]."""
         q_latent = self._swapped(self.batch_matmul(self._swapped(q_nope), k_b))  # (B, heads, lora)
         scores = self.batch_matmul_t(ops.concat((q_latent, q_rope), -1), cache)  # (B, heads, S)
-        p = self.softmax(self.add_scaled(mask, ops.cast(scores, ms.float32), self.scale))
+        p = self.softmax(self.mask_scaled(mask, ops.cast(scores, ms.float32), self.scale))
         latent = self.split_latent(self.batch_matmul(ops.cast(p, cache.dtype), cache))[0]  # (B, heads, lora)
         values = self._swapped(self.batch_matmul_t(self._swapped(latent), v_b))  # (B, heads, v)
         return ops.reshape(values, (values.shape[0], -1))
@@ -247,11 +270,13 @@ class BatchAttention(plain.LatentAttention):
 class LatentAttention(BatchAttention):
     """Chunks expand keys and values of the window and attend in one operator."""
 
+    fused_attention = FusedAttention
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
         self.swap = HeadsFirst()
         qk = config.qk_head_dim
-        self.fused = FusedAttention(self.heads, qk, self.v, qk**-0.5, PRECISE_MASKED)
+        self.fused = self.fused_attention(self.heads, qk, self.v, qk**-0.5, PRECISE_MASKED)
 
     def prefill_batch(self, q_nope, q_rope, cache, mask, k_b, v_b):
         """A chunk of each row: queries [R, heads, nope], [R, heads, rope] -> [R, heads * v]."""
@@ -287,11 +312,13 @@ class PlainLatentAttention(BatchAttention):
 class VisionAttention(nn.Cell):
     """One image per call; what its patches from `valid` on attend to is not defined, and nobody attends to them."""
 
+    fused_attention = FusedAttention
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         d = config.head_dim
         self.swap = HeadsFirst()
-        self.fused = FusedAttention(config.num_attention_heads, d, d, d**-0.5, PRECISE)
+        self.fused = self.fused_attention(config.num_attention_heads, d, d, d**-0.5, PRECISE)
 
     def construct(self, q, k, v, valid):
         q, k, v = self.swap(q.expand_dims(0)), self.swap(k.expand_dims(0)), self.swap(v.expand_dims(0))
@@ -299,7 +326,7 @@ class VisionAttention(nn.Cell):
         return ops.reshape(self.swap(y), (q.shape[2], -1))
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "fused": {},
         "plain": {
@@ -309,4 +336,10 @@ VARIANTS = {
         },
     },
     "experts": {"fused": {}, "plain": {"Experts": plain.Experts}},
+    "cache_write": {
+        "scatter": {},
+        "scatter-nd": cache_writes.SCATTER_ND,
+        "scatter-update": cache_writes.SCATTER_UPDATE,
+        "index-copy": cache_writes.INDEX_COPY,
+    },
 }

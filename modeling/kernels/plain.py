@@ -255,8 +255,39 @@ class Experts(nn.Cell):
         return result
 
 
+class Slots(nn.Cell):
+    """The slots that the tokens of each batch row are written to, [T] int32 for each."""
+
+    def __init__(self, batch: int, tokens: int, context: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.offsets = ms.Tensor(list(range(tokens)), ms.int32)
+
+    def construct(self, start):
+        slots = ()
+        for b in range(self.batch):
+            slots += (self.offsets + start[b],)
+        return slots
+
+
+class CacheWrite(nn.Cell):
+    """Into a flat parameter per batch row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = P.ScatterUpdate()
+
+    def construct(self, caches, rows, slots):
+        tokens = rows.shape[0] // len(slots)
+        written = ()
+        for b in range(len(slots)):
+            at = b * tokens
+            written += (self.write(caches[b], slots[b], rows[at : at + tokens]),)  # (S, lora + rope)
+        return written
+
+
 class Window(nn.Cell):
-    """Which cache rows each token writes and sees: its own slot, and every slot up to it."""
+    """What each token sees: its own slot and every slot up to it, as a mask [T, S] for each batch row."""
 
     def __init__(self, batch: int, tokens: int, context: int) -> None:
         super().__init__()
@@ -265,11 +296,10 @@ class Window(nn.Cell):
         self.slots = ms.Tensor(list(range(context)), ms.int32)
 
     def construct(self, start):
-        positions, masks = (), ()
+        masks = ()
         for b in range(self.batch):
             first = start[b]
             p = self.offsets + first  # (T,)
-            positions += (p,)
             shape = (self.offsets.shape[0], self.slots.shape[0])
             # slot > p, with the start added to both sides: one that depends on no input would be folded into a
             # constant of T x S numbers, held by every compiled graph and stored in every exported one.
@@ -278,7 +308,7 @@ class Window(nn.Cell):
                 ops.broadcast_to((p + first).expand_dims(1), shape),
             )
             masks += (ops.cast(hidden, ms.float32) * MASKED,)  # (T, S), added to the scores
-        return positions, masks
+        return masks
 
 
 class LatentAttention(nn.Cell):
@@ -297,21 +327,18 @@ class LatentAttention(nn.Cell):
         self.scale = config.qk_head_dim**-0.5
         self.split_heads = SplitHeads(self.heads)
         self.merge_heads = MergeHeads()
-        self.write = P.ScatterUpdate()
         self.matmul = P.MatMul()
         self.matmul_t = P.MatMul(transpose_b=True)
         self.batch_matmul = P.BatchMatMul()
         self.batch_matmul_t = P.BatchMatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
 
-    def construct(self, q_nope, q_rope, rows, caches, window, k_b, v_b):
-        positions, masks = window
-        batch = len(positions)
-        tokens = rows.shape[0] // batch
+    def construct(self, q_nope, q_rope, caches, masks, k_b, v_b):
+        tokens = q_nope.shape[0] // len(caches)
         out = ()
-        for b in range(batch):
+        for b in range(len(caches)):
             at = b * tokens
-            cache = self.write(caches[b], positions[b], rows[at : at + tokens])  # (S, lora + rope)
+            cache = caches[b]  # (S, lora + rope)
             nope = scaled(q_nope[at : at + tokens], self.scale)
             rope = scaled(q_rope[at : at + tokens], self.scale)
             if tokens == 1:

@@ -60,6 +60,16 @@ def constant_pad_nd(x: Tensor, padding: tuple[int, ...], value: float) -> Tensor
     return F.pad(x, padding, value=value)
 
 
+@rule("Pad", widen=False, attributes=("paddings",))
+def pad(x: Tensor, paddings: tuple[tuple[int, int], ...]) -> Tensor:
+    """Zeros, as many before and after as a pair for each axis says, from the first axis on."""
+    require(len(paddings) == x.ndim, f"has the paddings {paddings} for {x.ndim} axes")
+    require(
+        min(n for pair in paddings for n in pair) >= 0, f"has the paddings {paddings}, expected none below 0"
+    )
+    return F.pad(x, [n for pair in reversed(paddings) for n in pair])
+
+
 @rule("Tile", widen=False)
 def tile(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     require(all(d > 0 for d in dims), f"repeats {dims} times, expected positive numbers")
