@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from golden import inputs, load_case
+from mindspore import nn
 
-from kimi_vl.export import BundleError, export, plan_export
+from kimi_vl.export import BundleError, export, mindir, plan_export
 from kimi_vl.export.bundle import Bundle
+from kimi_vl.export.cli import cli
 from kimi_vl.export.lite import LiteGraphs
 from kimi_vl.export.load import BundleGraphs
 from kimi_vl.export.plan import open_converted
@@ -129,6 +131,24 @@ def test_the_configuration_keeps_dtypes_and_caches_and_is_in_the_manifest(bundle
     assert options["ascend_context"]["parameter_as_refdata"] == "variable"
     assert options["ascend_context"]["precision_mode"] == "enforce_origin"
     assert options["ge_session_options"]["ge.exec.precision_mode"] == "must_keep_origin_dtype"
+
+
+@pytest.mark.parametrize("graph", ["prefill-64x256", "decode-256", "vision-64"])
+def test_mindspore_reads_the_graphs_back(bundle, graph):
+    file = bundle / Bundle.load(bundle).graphs[graph].file
+    cell = nn.GraphCell(ms.load(str(file)))
+    held = {n: (tuple(p.shape), str(p.dtype).lower()) for n, p in cell.parameters_dict().items()}
+    assert held == mindir.parameters(mindir.read(file))
+
+
+def test_the_command_names_what_lite_has(bundle):
+    arguments = ["--src", str(bundles.converted(BF16)), "--seq", "256", "--target", "lite", "--dry-run"]
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0 and "lite.ini, run_lite.py" in shown.output
+    refused = CliRunner().invoke(cli, [*arguments, "--cache-write", "index-copy"])
+    assert (
+        refused.exit_code == 2 and "but target lite has scatter, scatter-nd, scatter-update" in refused.output
+    )
 
 
 def test_the_host_side_needs_no_mindspore():
