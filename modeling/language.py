@@ -35,9 +35,15 @@ class RMSNorm(nn.Cell):
         super().__init__()
         self.weight = empty_parameter((size,), dtype)
         self.norm = kernels.RMSNorm(eps)
+        self.add_norm = kernels.AddRMSNorm(eps)
 
-    def construct(self, x):
-        return self.norm(x, self.weight)
+    def construct(self, x, y=None):
+        """The norm of x [R, H]; with y, x + y and the norm of that."""
+        if y is None:
+            result = self.norm(x, self.weight)
+        else:
+            result = self.add_norm(x, y, self.weight)
+        return result
 
 
 class Attention(nn.Cell):
@@ -152,15 +158,18 @@ class DecoderLayer(nn.Cell):
         else:
             self.mlp = MLP(kernels, dtype, config.hidden_size, config.intermediate_size)
 
-    def construct(self, x, tables, caches, slots, window):
-        x = x + self.self_attn(self.input_layernorm(x), tables, caches, slots, window)
-        h = self.post_attention_layernorm(x)
+    def construct(self, x, h, tables, caches, slots, window):
+        """x [R, H] and h, its norm by `input_layernorm` -> two tensors whose sum is the layer's output, chosen experts.
+
+        The sum is left to whoever takes it: the next layer's norm is made together with it.
+        """
+        x, h = self.post_attention_layernorm(x, self.self_attn(h, tables, caches, slots, window))
         indices = None
         if self.is_moe:
             y, indices = self.mlp(h)
         else:
             y = self.mlp(h)
-        return x + y, indices
+        return x, y, indices
 
 
 class Embedding(nn.Cell):
@@ -190,8 +199,13 @@ class TextModel(nn.Cell):
         tables = self.tables(cos, sin)
         per_layer = len(caches) // len(self.layers)
         hidden, routing = (), ()
+        h = self.layers[0].input_layernorm(x)
         for i, layer in enumerate(self.layers):
-            x, indices = layer(x, tables, caches[i * per_layer : (i + 1) * per_layer], slots, window)
+            x, y, indices = layer(x, h, tables, caches[i * per_layer : (i + 1) * per_layer], slots, window)
+            if i + 1 < len(self.layers):
+                x, h = self.layers[i + 1].input_layernorm(x, y)
+            else:
+                x = x + y
             hidden += (x,)
             if indices is not None:
                 routing += (indices,)

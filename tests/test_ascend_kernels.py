@@ -102,7 +102,8 @@ class Grouped:
 class Unpermute:
     """out[t] = sum over j of y[places[t k + j]] p[t, j]."""
 
-    def __call__(self, y, places, p):
+    def __call__(self, y, places, p, padded, shape):
+        assert not padded and shape is None and p.dtype == ms.float32
         p = p.asnumpy()
         return tensor((y.asnumpy()[places.asnumpy()].reshape(*p.shape, -1) * p[..., None]).sum(1))
 
@@ -122,6 +123,14 @@ class RmsNorm:
     def __call__(self, x, weight):
         x = x.asnumpy()
         return tensor(x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * weight.asnumpy()), None
+
+
+class AddRmsNorm:
+    """The norm of the sum, the norm's factor, the sum."""
+
+    def __call__(self, x, y, weight, epsilon):
+        total = tensor(x.asnumpy() + y.asnumpy())
+        return *RmsNorm(epsilon)(total, weight), total
 
 
 class SplitWithSize:
@@ -154,9 +163,10 @@ DOCUMENTED = SimpleNamespace(
     FusedInferAttentionScore=FusedAttention,
     MoeInitRoutingV2=InitRouting,
     GroupedMatmulV4=Grouped,
-    MoeTokenUnpermute=Unpermute,
+    InnerMoeTokenUnpermute=Unpermute,
     Swiglu=Swiglu,
     RmsNorm=RmsNorm,
+    AddRmsNorm=AddRmsNorm,
     SplitWithSize=SplitWithSize,
     TopkExt=TopkExt,
     AddExt=AddExt,

@@ -7,6 +7,7 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``Linear()`` | x [R, in], weight [out, in] (, bias [out]) -> [R, out] |
 | ``Embedding()`` | table [V, H], ids [R] int32 -> [R, H] |
 | ``RMSNorm(eps)`` | x [R, H], weight [H] -> [R, H] |
+| ``AddRMSNorm(eps)`` | x, y [R, H], weight [H] -> x + y and its norm |
 | ``Split(first, rest)`` | [..., first + rest] -> [..., first] and [..., rest] |
 | ``RotaryTables(heads, dim)`` | cos, sin [R, dim / 2] -> tables, made once for all layers |
 | ``Rotate(heads, dim)`` | q [R, heads, dim], k [R, dim], tables -> both, rotated in half-split pairs |

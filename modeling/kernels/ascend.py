@@ -62,6 +62,19 @@ class RMSNorm(nn.Cell):
         return self.norm(x, weight)[0]
 
 
+class AddRMSNorm(nn.Cell):
+    """One operator for both; its norm is that of the sum before it is rounded."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.norm = generated.AddRmsNorm()
+
+    def construct(self, x, y, weight):
+        normed, _, x = self.norm(x, y, weight, self.eps)
+        return x, normed
+
+
 class Split(nn.Cell):
     """One operator for both parts, where two slices would be two."""
 
@@ -136,18 +149,30 @@ class SwiGLU(nn.Cell):
 
 
 class Router(plain.Router):
-    """TopkExt has an aclnn kernel; TopK would be compiled as a single-operator model."""
+    """TopkExt has an aclnn kernel; TopK would be compiled as a single-operator model.
+
+    The factor is in what the weights are divided by, (sum + 1e-20) / factor, which is one addition.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
         self.top = generated.TopkExt()
+        self.add_scaled = generated.AddExt()
+        self.smallest = ms.Tensor([[plain.SMALLEST_SUM / self.factor]], ms.float32)
+
+    def shares(self, weights):
+        return weights / self.add_scaled(self.smallest, self.sum(weights, -1), 1.0 / self.factor)
 
     def choose(self, scores):
         return ops.cast(self.top(scores, self.k, -1, True, True)[1], ms.int32)
 
 
 class Experts(nn.Cell):
-    """Rows sorted by expert, two grouped products, rows added up again: only the chosen experts' weights are read."""
+    """Rows sorted by expert, two grouped products, rows added up again: only the chosen experts' weights are read.
+
+    The operator that adds up takes fp32 probabilities beside rows in half precision: they are not rounded. It is called by
+    its inner name, because MoeTokenUnpermute of two dtypes would be traced with casts of all rows.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -155,14 +180,14 @@ class Experts(nn.Cell):
         self.sort = generated.MoeInitRoutingV2()
         self.grouped = generated.GroupedMatmulV4()
         self.swiglu = SwiGLU()
-        self.unsort = generated.MoeTokenUnpermute()
+        self.unsort = generated.InnerMoeTokenUnpermute()
 
     def construct(self, x, gate_up, down, indices, weights):
         rows, places, counts, _ = self.sort(x, indices, 0, 0, self.experts, 0, COUNTS, False)  # (R * k, H)
         counts = ops.cast(counts, ms.int64)
         h = self.swiglu(self.grouped([rows], [gate_up], group_list=counts, **GROUPS)[0])
         y = self.grouped([h], [down], group_list=counts, **GROUPS)[0]
-        return self.unsort(y, places, ops.cast(weights, x.dtype))
+        return self.unsort(y, places, weights, False, None)
 
 
 class Window(nn.Cell):

@@ -22,6 +22,7 @@ ONE_OUTPUT, ALONG_ROWS = 3, 0  # split_item and group_type of GroupedMatmul
 Embedding = plain.Embedding
 Linear = ascend.Linear
 RMSNorm = ascend.RMSNorm
+AddRMSNorm = ascend.AddRMSNorm
 Split = plain.Split
 RotaryTables = ascend.RotaryTables
 Rotate = ascend.Rotate

@@ -27,6 +27,7 @@ SMALLEST_BLOCK = 256
 # Score of a masked place. exp(MASKED - max) is exactly 0, so what stands in masked rows changes no bit of the
 # result; it is finite, so a row never turns into NaN.
 MASKED = -1e30
+SMALLEST_SUM = 1e-20  # added to the sum of a token's chosen scores before they are divided by it
 
 
 def parameter_dtype(dtype: ms.Type) -> ms.Type:
@@ -151,6 +152,16 @@ class RMSNorm(nn.Cell):
         return ops.cast(y, x.dtype)
 
 
+class AddRMSNorm(nn.Cell):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(eps)
+
+    def construct(self, x, y, weight):
+        x = x + y
+        return x, self.norm(x, weight)
+
+
 class RotaryTables(nn.Cell):
     """For the queries' heads and the shared key, which is rotated as one head more."""
 
@@ -201,8 +212,14 @@ class Router(nn.Cell):
         indices = self.choose(scores + bias)
         weights = self.gather(scores, 1, indices)
         if self.normalise:
-            weights = weights / (self.sum(weights, -1) + 1e-20)
-        return indices, weights * self.factor
+            weights = self.shares(weights)
+        else:
+            weights = weights * self.factor
+        return indices, weights
+
+    def shares(self, weights):
+        """Of their sum [R, k], times the factor."""
+        return weights / (self.sum(weights, -1) + SMALLEST_SUM) * self.factor
 
     def choose(self, scores):
         """scores [R, E] -> the k largest of each row, int32 [R, k]."""
