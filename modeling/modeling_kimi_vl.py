@@ -147,7 +147,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         if prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk: {prefill_chunk}, expected a positive number")
         self.dtype = mindspore_dtype(model_config.dtype if dtype is None else dtype)
-        self.kernels = get_kernels(kernels or ("ascend" if running.device() == running.ASCEND else "plain"))
+        self.kernels = get_kernels(_backend(kernels, self.dtype))
         held = self.held_dtype = self.kernels.parameter_dtype(self.dtype)
         self.vision_tower = MoonViT(self.kernels, held, model_config.vision)
         self.multi_modal_projector = Projector(self.kernels, held, model_config)
@@ -281,6 +281,22 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
 
     def array(self, name: str) -> np.ndarray:
         return running.array(self.parameters_dict()[name])
+
+
+def _backend(asked: str | None, dtype: ms.Type) -> str:
+    """The kernels to take. Raises ConfigError: the device cannot run a model in `dtype` on them."""
+    if running.device() != running.ASCEND:
+        return asked or "plain"
+    if asked not in (None, "ascend"):
+        raise ConfigError(
+            f"kernels: {asked}, whose cache lives in host buffers, but MindSpore runs on Ascend; leave kernels out"
+        )
+    if dtype == ms.float32:
+        raise ConfigError(
+            "dtype: float32, but the fused attention on Ascend takes bf16 and fp16; "
+            "load with mindspore_dtype=mindspore.bfloat16"
+        )
+    return "ascend"
 
 
 def _one_dtype(*values: Any) -> Any:

@@ -23,6 +23,7 @@ from kimi_vl.modeling import running
 from kimi_vl.modeling.batch_cache import BatchBinding, CopySlots, Slots
 from kimi_vl.modeling.buckets import TooLongError
 from kimi_vl.modeling.cache import Batch, LatentCache
+from kimi_vl.modeling.configuration import ConfigError
 from kimi_vl.modeling.engine import Row
 from kimi_vl.modeling.parameters import empty_parameter
 
@@ -256,6 +257,19 @@ def test_on_ascend_the_network_takes_its_kernels_and_the_weights_as_they_are_sto
     assert seen[0][1]["embeds"] == "bfloat16" and seen[0][1]["start"] == "int32"
     weights = [{id(p) for p in cell.get_parameters() if not p.name.startswith("slots")} for cell in cells]
     assert all(w == weights[0] for w in weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": "plain"}, "kernels: plain, .* but MindSpore runs on Ascend"),
+        ({"mindspore_dtype": ms.float32}, "dtype: float32, .* mindspore_dtype=mindspore.bfloat16"),
+    ],
+)
+def test_what_ascend_cannot_run_is_refused(monkeypatch, options, message):
+    monkeypatch.setattr(running, "device", lambda: "Ascend")
+    with pytest.raises(ConfigError, match=message):
+        KimiVLForConditionalGeneration.from_pretrained(DATA / BF16, **options)
 
 
 def test_inputs_are_rounded_to_the_dtype_and_outputs_are_fp32_again():
