@@ -90,7 +90,7 @@ class Bundle:
         prefill_chunk: tokens per row of the prefill graphs.
         taps: whether there are graphs with taps.
         weights: by the name of the parameter.
-        files: configuration, tokenizer and processor files.
+        files: configuration, tokenizer and processor files, and what judges the bundle on a device.
         attention, experts: which operators were chosen, "fused" or "plain", where the target has both.
         products: of Atlas that every graph was found legal on.
         releases: of MindSpore whose front end takes the graphs, and the CANN that belongs to each.

@@ -17,6 +17,7 @@ from ..convert.manifest import FileRecord, content_hash
 from ..convert.planning import size_text
 from ..modeling.shapes import Ports
 from .bundle import MANIFEST, Bundle, GraphRecord, Port, WeightRecord
+from .device import scripts
 from .errors import BundleError, ExportError
 from .plan import BundlePlan, GraphPlan
 
@@ -92,6 +93,8 @@ def export(plan: BundlePlan, dst: str | Path, progress: Progress | None = None) 
                 (directory / name).write_bytes(plan.adjusted[name])
             else:
                 shutil.copyfile(source.directory / name, directory / name)
+        for name, script in scripts(plan.target.name).items():
+            shutil.copyfile(script, directory / name)
         bundle = _manifest(plan, graphs, traced)
         (directory / MANIFEST).write_text(bundle.to_json(), encoding="utf-8")
         added = sum(
@@ -216,14 +219,19 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], traced: _Traced)
             for name in source.names()
         },
         shards=dict(source.manifest.shards),
-        files=dict(source.manifest.files)
-        | {name: FileRecord(len(new), content_hash(new)) for name, new in plan.adjusted.items()},
+        files=source.manifest.files
+        | {name: _record(new) for name, new in plan.adjusted.items()}
+        | {name: _record(path.read_bytes()) for name, path in scripts(plan.target.name).items()},
         attention=plan.target.attention,
         experts=plan.target.experts,
         products=plan.target.products,
         releases={release: CANN[release] for release in sorted(traced.releases)},
         cache_write=plan.target.cache_write,
     )
+
+
+def _record(content: bytes) -> FileRecord:
+    return FileRecord(len(content), content_hash(content))
 
 
 def _ports(ports: Ports) -> tuple[Port, ...]:
