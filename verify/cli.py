@@ -26,6 +26,8 @@ Examples:
   verify-parity --reference nano --candidate ./mindir --report ./report --through interpreter
   verify-parity --reference nano --candidate ./mindir --report ./report --arithmetic rounded
   verify-parity judge ./report/run.json --profile my-thresholds.json
+  verify-parity record --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --out pack.npz
+  verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report --pack pack.npz --device-report report.json
 
 \b
 Exit status:
@@ -70,6 +72,10 @@ class MissingPackage(RuntimeError):
     help="Of an interpreted bundle: in fp32, or with every operator's result rounded as its graph declares.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
+@click.option(
+    "--device-report", metavar="FILE", help="What run_on_device.py of this bundle wrote; needs --pack."
+)
+@click.option("--pack", metavar="FILE", help="The golden pack that the device had.")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout, all else on stderr.")
 @click.option("--dry-run", is_flag=True, help="Show what would run, and stop.")
 @click.pass_context
@@ -83,6 +89,8 @@ def cli(
     through: str | None,
     arithmetic: str,
     seed: int | None,
+    device_report: str | None,
+    pack: str | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -97,9 +105,16 @@ def cli(
     for option, value in (("--reference", reference), ("--candidate", candidate), ("--report", report)):
         if value is None and not (option == "--report" and dry_run):
             raise click.UsageError(f"Missing option '{option}'.", context)
+    if (device_report is None) != (pack is None):
+        raise click.UsageError(
+            "--device-report and --pack: give both; the pack is the one that the device had", context
+        )
     assert reference is not None and candidate is not None
+    device = (Path(device_report), Path(pack)) if device_report and pack else None
     with _errors():
-        _verify(reference, candidate, report, profile, cases, through, arithmetic, seed, as_json, dry_run)
+        _verify(
+            reference, candidate, report, profile, cases, through, arithmetic, seed, device, as_json, dry_run
+        )
 
 
 @cli.command()
@@ -121,6 +136,65 @@ def judge(run: str, profile: str | None, report: str | None, as_json: bool) -> N
         _conclude(saved, verdict_on(saved, thresholds), thresholds, report, as_json)
 
 
+@cli.command()
+@click.option("--reference", required=True, metavar="SRC", help="Published directory, Hub repo id, or nano.")
+@click.option("--candidate", required=True, metavar="BUNDLE", help="Bundle that will run on the device.")
+@click.option("--out", required=True, metavar="PACK", help="The golden pack, a .npz file of at most 5 MB.")
+@click.option(
+    "--cases", multiple=True, metavar="NAME", help="Only this case (repeatable).  [default: six of them]"
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
+def record(reference: str, candidate: str, out: str, cases: tuple[str, ...], seed: int | None) -> None:
+    """Writes a golden PACK: by it a device without Torch is judged.
+
+    It holds the graph calls of a few cases and what the Torch reference answers, for this bundle alone. On the device,
+    run_on_device.py of the bundle takes it. The bundle is interpreted first: one that is wrong itself gets no pack.
+    """
+    with _errors():
+        _record(reference, candidate, Path(out), cases, seed)
+
+
+def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed: int | None) -> None:
+    from ..convert.source import fetch, resolve
+    from .candidates import inspect, require_same_model
+    from .cases import DEFAULT_SEED, SeededSource, select, suite
+    from .prompts import ProcessorSource, has_processor
+
+    _require_packages("torch", "transformers")
+    from .golden import CASES, GoldenError
+    from .golden import record as record_pack
+    from .oracle import build_oracle
+
+    with _about("--reference"):
+        reference = resolve(source)
+        fetch(reference)
+    found = inspect(candidate, "interpreter")
+    config = require_same_model(reference.directory, found)
+    plans = select(suite(config, found.limits), names or CASES)
+    for plan in plans:
+        if plan.impossible:
+            _say(f"without case {plan.name}: {plan.impossible}")
+    plans = [plan for plan in plans if not plan.impossible]
+    if not plans:
+        raise ValueError("--cases: the bundle can run none of them; export a larger context")
+    _say("loading the Torch reference")
+    oracle = build_oracle(reference.directory)
+    real = has_processor(reference.directory)
+    inputs = ProcessorSource(reference.directory, config) if real else SeededSource(config)
+    seed = DEFAULT_SEED if seed is None else seed
+    try:
+        pack = record_pack(oracle, reference.directory, found.path, plans, inputs, seed, out, _say)
+    except GoldenError as e:
+        _fail(PARITY_FAILED, str(e))
+    if not pack.index["taps"]:
+        _say(
+            "the bundle has no graphs with taps: the pack judges pictures, logits and tokens, and no single layer"
+        )
+    click.echo(
+        f"{out}: {len(pack.cases)} cases, {out.stat().st_size / 1e6:.2f} MB, digest {pack.digest[:12]}"
+    )
+
+
 def _verify(
     source: str,
     candidate: str,
@@ -130,12 +204,14 @@ def _verify(
     through: str | None,
     arithmetic: str,
     seed: int | None,
+    device: tuple[Path, Path] | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
     from ..convert.source import fetch, resolve
     from .candidates import inspect, require_same_model
     from .cases import DEFAULT_SEED, select, suite
+    from .device import accept
     from .judge import default_profile, load_profile
     from .prompts import has_processor
 
@@ -147,6 +223,7 @@ def _verify(
     directory = reference.directory
     found = inspect(other.directory, through, arithmetic)
     config = require_same_model(directory, found)
+    accepted = accept(*device, found.path, directory) if device else None
     plans = select(suite(config, found.limits), names)
     real = has_processor(directory)
     seed = DEFAULT_SEED if seed is None else seed
@@ -177,6 +254,8 @@ def _verify(
     run = _run(directory, found, plans, real, seed)
     run["reference"] |= {"path": shown[0], "revision": reference.revision, "stored": stored}
     run["candidate"]["path"] = shown[1]
+    if accepted:
+        run["device"] = accepted
     from .judge import judge as verdict_on
 
     _conclude(run, verdict_on(run, thresholds), thresholds, report, as_json)

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .device import findings as device_findings
 from .metrics import NOT_A_TIE
 
 # In network order; "layers.0" and "router.0" stand for those of every layer.
@@ -199,6 +200,8 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
     for case in run["cases"]:
         verdict.findings += _judge_case(case, profile, promised, verdict.notes)
     verdict.findings += _judge_suite(run["cases"], profile)
+    if "device" in run:
+        verdict.findings += _judge_device(run["device"], verdict.notes)
     missing = sorted({tap for case in run["cases"] for tap in case["missing"]}, key=network_order)
     if missing and not promised:
         kinds = {"router": "choices of experts", "layers": "hidden states of the decoder layers"}
@@ -221,6 +224,27 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
                 "the others were not verified"
             )
     return verdict
+
+
+def _judge_device(device: dict[str, Any], notes: list[str]) -> Iterator[Finding]:
+    """A device's own figures, with the limits of its pack; of its rungs those without which they say nothing."""
+    rungs = {rung["name"]: rung for rung in device["rungs"]}
+    for name in device["required"]:
+        if rungs.get(name, {}).get("status") != "passed":
+            says = f"rung {name} of the device's report did not pass: {rungs.get(name, {}).get('says', 'it did not run')}"
+            yield Finding("device", "error", "raised", says, 0, False, says)
+    for rung in device["rungs"]:
+        if rung["status"] == "failed" and rung["name"] not in device["required"]:
+            notes.append(f"device, rung {rung['name']} failed: {rung['says']}")
+    for case in device["cases"]:
+        for tap in case["missing"]:
+            says = "the device's report does not have it at every place that the pack asks for"
+            yield Finding(f"{case['name']} on the device", tap, "missing", 1, 0, False, says)
+    for f in device_findings(device):
+        says = "NaN or infinity" if f["metric"] == "nonfinite" else ""
+        yield Finding(
+            f"{f['case']} on the device", f["tap"], f["metric"], f["value"], f["limit"], f["ok"], says
+        )
 
 
 def _judge_case(

@@ -195,6 +195,9 @@ METRIC_WORDS = {
     "top1_changes": "other best tokens",
     "divergences": "rows that leave the reference",
     "excluded_share": "share of tokens not comparable",
+    "norm": "largest relative difference of a norm",
+    "changed": "other best tokens",
+    "left": "rows that leave the reference",
 }
 
 

@@ -275,6 +275,10 @@ def stages(run: dict[str, Any]) -> list[dict[str, Any]]:
         chain.append({"stage": stage, "ran": here, "where": candidate["runs_on"] if here else "did not run"})
     device = bool(candidate.get("on_device"))
     where = candidate["runs_on"] if device else "did not run: no Ascend device took part"
+    if "device" in run:
+        from .device import where as device_where  # it takes file hashes from here
+
+        device, where = device_where(run["device"])
     chain.append({"stage": "Ascend device", "ran": device, "where": where})
     return chain
 
