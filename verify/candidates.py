@@ -189,6 +189,11 @@ class ModelCandidate:
         differ = np.abs(again["logits"].astype(np.float64) - logits["logits"]).max(initial=0.0)
         return taps | logits | {"tapped_logits_differ": np.asarray(differ)}
 
+    def once(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
+        """As :meth:`run`, by the graphs with taps alone where there are any."""
+        logits, taps = self._calls(inputs, calls, taps=self.found.taps)
+        return taps | logits
+
     def greedy(self, inputs: Inputs, n: int) -> np.ndarray:
         ids = self.model.generate(
             **inputs, max_new_tokens=n, do_sample=False, repetition_penalty=1.0, eos_token_id=None

@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from .envelope_cli import envelope
+
 OK, PARITY_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
 INSTALL = "what verification needs is installed by: pip install 'kimi-vl[verify]'"
@@ -28,6 +30,7 @@ Examples:
   verify-parity judge ./report/run.json --profile my-thresholds.json
   verify-parity record --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --out pack.npz
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report --pack pack.npz --device-report report.json
+  verify-parity envelope --candidate ./mindir
 
 \b
 Exit status:
@@ -111,10 +114,13 @@ def cli(
         )
     assert reference is not None and candidate is not None
     device = (Path(device_report), Path(pack)) if device_report and pack else None
-    with _errors():
+    with errors():
         _verify(
             reference, candidate, report, profile, cases, through, arithmetic, seed, device, as_json, dry_run
         )
+
+
+cli.add_command(envelope)
 
 
 @cli.command()
@@ -124,13 +130,13 @@ def cli(
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
 def judge(run: str, profile: str | None, report: str | None, as_json: bool) -> None:
     """Judges a saved RUN again, without running anything."""
-    with _errors():
+    with errors():
         from .judge import default_profile, load_profile
         from .judge import judge as verdict_on
         from .runner import load_run
 
         if report:
-            _require_packages("jinja2", "matplotlib")
+            require_packages("jinja2", "matplotlib")
         saved = load_run(Path(run))
         thresholds = load_profile(profile or default_profile(saved["candidate"].get("arithmetic")))
         _conclude(saved, verdict_on(saved, thresholds), thresholds, report, as_json)
@@ -150,7 +156,7 @@ def record(reference: str, candidate: str, out: str, cases: tuple[str, ...], see
     It holds the graph calls of a few cases and what the Torch reference answers, for this bundle alone. On the device,
     run_on_device.py of the bundle takes it. The bundle is interpreted first: one that is wrong itself gets no pack.
     """
-    with _errors():
+    with errors():
         _record(reference, candidate, Path(out), cases, seed)
 
 
@@ -242,7 +248,7 @@ def _verify(
     if dry_run:
         _show_plan(arguments, plans, as_json)
         return
-    _require_packages("torch", "transformers", "jinja2", "matplotlib")
+    require_packages("torch", "transformers", "jinja2", "matplotlib")
     for name, value in arguments.items():
         click.echo(f"{name:>14}: {value}", err=as_json)
     assert report is not None
@@ -268,7 +274,7 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
     from .runner import merged, provenance, run_suite
 
     started = time.time()
-    _say("loading the Torch reference")
+    say("loading the Torch reference")
     try:
         import torch
 
@@ -277,7 +283,7 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
         raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
     oracle = build_oracle(directory)
     rounded = build_oracle(directory, getattr(torch, found.rounded)) if found.rounded else None
-    _say(f"loading the candidate ({found.kind})")
+    say(f"loading the candidate ({found.kind})")
     candidate = open_candidate(found)
     source = ProcessorSource(directory, oracle.config) if real else SeededSource(oracle.config)
     done = iter(range(1, len(plans) + 1))
@@ -287,7 +293,7 @@ def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -
         plans,
         source,
         seed,
-        lambda text: _say(f"[{next(done)}/{len(plans)}] {text}"),
+        lambda text: say(f"[{next(done)}/{len(plans)}] {text}"),
         rounded,
     )
     return merged(run, provenance(directory, found, started))
@@ -340,18 +346,18 @@ def _show_plan(arguments: dict[str, Any], plans: list[Any], as_json: bool) -> No
         )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _require_packages(*names: str) -> None:
+def require_packages(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(f"{name} is not installed")
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """Turns what can go wrong into one line and an exit status."""
     from ..convert.errors import EnvironmentProblem
 

@@ -12,21 +12,28 @@ from ..export.load import BundleGraphs, MindIRModel
 from ..export.weights import SharedWeights, check_files
 from ..modeling.cache import RowCache
 from ..modeling.engine import Arrays, Engine
-from .mindir import Interpreter, load_graph
+from .mindir import Interpreter, Noise, load_graph
 from .mindir.interpreter import Arithmetic
+from .threads import suited_to
 
 
 class InterpretedModel(MindIRModel):
     """As :class:`MindIRModel`, for a bundle of any target, with nothing of MindSpore running."""
 
     def __init__(
-        self, directory: Path, bundle: Bundle, weights: SharedWeights, arithmetic: Arithmetic = "lifted"
+        self,
+        directory: Path,
+        bundle: Bundle,
+        weights: SharedWeights,
+        arithmetic: Arithmetic = "lifted",
+        noise: Noise | None = None,
     ) -> None:
         super().__init__(directory, bundle, weights)
         self.operators: set[str] = set()  # of the graphs that were used so far
+        width = self.engine.config.text.hidden_size
 
         def load(directory: Path, name: str, bundle: Bundle, weights: SharedWeights) -> InterpretedGraph:
-            graph = InterpretedGraph(directory, name, bundle, weights, arithmetic)
+            graph = InterpretedGraph(directory, name, bundle, weights, arithmetic, noise, width)
             self.operators |= graph.operators
             return graph
 
@@ -34,12 +41,16 @@ class InterpretedModel(MindIRModel):
 
     @classmethod
     def from_bundle(
-        cls, directory: str | Path, verify: bool | None = None, arithmetic: Arithmetic = "lifted"
+        cls,
+        directory: str | Path,
+        verify: bool | None = None,
+        arithmetic: Arithmetic = "lifted",
+        noise: Noise | None = None,
     ) -> InterpretedModel:
         """A bundle, checked against its manifest as :meth:`MindIRModel.from_bundle` does.
 
         Args:
-            arithmetic: see :class:`Interpreter`.
+            arithmetic, noise: see :class:`Interpreter`.
 
         Raises:
             BundleError: it is no bundle, or is damaged.
@@ -47,7 +58,7 @@ class InterpretedModel(MindIRModel):
         path = Path(directory)
         bundle = Bundle.load(path)
         check_files(path, bundle, bool(verify))
-        return cls(path, bundle, SharedWeights(path, bundle, verify), arithmetic)
+        return cls(path, bundle, SharedWeights(path, bundle, verify), arithmetic, noise)
 
 
 class InterpretedGraph:
@@ -58,14 +69,22 @@ class InterpretedGraph:
     """
 
     def __init__(
-        self, directory: Path, name: str, bundle: Bundle, weights: SharedWeights, arithmetic: Arithmetic
+        self,
+        directory: Path,
+        name: str,
+        bundle: Bundle,
+        weights: SharedWeights,
+        arithmetic: Arithmetic,
+        noise: Noise | None = None,
+        width: int = 0,
     ) -> None:
         record = bundle.graphs[name]
         graph = load_graph(directory / record.file, [port.name for port in record.outputs])
         self._caches = record.caches
+        self._width = width  # of the network, which says how many threads are worth while
         self._context = record.context or 0
         self._tokens = record.tokens or 0
-        self._interpreter = Interpreter(graph, _Weights(bundle, weights), arithmetic)
+        self._interpreter = Interpreter(graph, _Weights(bundle, weights), arithmetic, noise)
         self.operators = graph.operators
 
     def run(self, inputs: Arrays, rows: Sequence[RowCache] = ()) -> list[np.ndarray]:
@@ -74,7 +93,8 @@ class InterpretedGraph:
         for port, layer, held in self._held(rows):
             content = np.stack([row.buffers[layer][: self._context] for row in held])
             parameters.write(port.name, content.reshape(port.shape))
-        outputs = self._interpreter(inputs)
+        with suited_to(self._width):
+            outputs = self._interpreter(inputs)
         for port, layer, held in self._held(rows):
             written = parameters.read(port.name).reshape(len(held), self._context, -1)
             for row, content in zip(held, written):

@@ -119,6 +119,7 @@ def logit_metrics(reference: np.ndarray, candidate: np.ndarray, where: np.ndarra
         "reverse_kl_max": float(reverse.max()),
         "top1": 1 - len(changes) / len(kl),
         "top1_changed": len(changes),
+        "top1_changed_share": len(changes) / len(kl),
         "top1_changes": changes[:LISTED],
         "topk": k,
         "topk_overlap": float(overlap.mean()),
@@ -138,7 +139,7 @@ def routing_metrics(
     Returns:
         `places`; `agreement`, the fraction of places with the same set of experts; `overlap`, the mean share of
         common experts; `min_gap`, the nearest decision of the reference; `flips`, places with another set, with
-        their gap, largest first (at most 100), and their number `flipped`, of which `ties` are nearer than
+        their gap, largest first (at most 100), their number `flipped` and `flipped_share`, of which `ties` are nearer than
         :data:`ROUTING_TIE` and `wrong` are not; `max_flip_gap`, 0 without flips.
     """
     _require_shape(reference, candidate)
@@ -146,7 +147,8 @@ def routing_metrics(
     places = len(r)
     if not places:
         counts = {"flipped": 0, "ties": 0, "wrong": 0, "flips": []}
-        return {"places": 0, **dict.fromkeys(("agreement", "overlap", "min_gap", "max_flip_gap")), **counts}
+        names = ("agreement", "overlap", "min_gap", "max_flip_gap", "flipped_share")
+        return {"places": 0, **dict.fromkeys(names), **counts}
     flipped = (r != c).any(-1)
     gaps = gap[where].astype(np.float64)
     at = np.argwhere(where)[flipped]
@@ -161,6 +163,7 @@ def routing_metrics(
         "min_gap": _finite(gaps.min()),
         "max_flip_gap": flips[0]["gap"] if flips else 0.0,
         "flipped": len(flips),
+        "flipped_share": len(flips) / places,
         "ties": ties,
         "wrong": len(flips) - ties,
         "flips": flips[:LISTED],

@@ -6,9 +6,8 @@ no remote code runs.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,13 @@ from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from ..modeling.configuration import ModelConfig
+from .threads import suited_to
 from .torch_weights import OracleError, load_published, to_published
 
 __all__ = ["Greedy", "Oracle", "OracleError", "build_network", "build_oracle", "to_published"]
 
 Inputs = Mapping[str, np.ndarray]
 Taps = dict[str, np.ndarray]
-
-# Below this width, threads wait for each other longer than they compute; many times longer on a busy machine.
-_ONE_THREAD_WIDTH = 512
 
 
 def build_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> Oracle:
@@ -145,16 +142,6 @@ class Oracle:
     def dtype(self) -> torch.dtype:
         return self.network.lm_head.weight.dtype
 
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        if self.config.text.hidden_size < _ONE_THREAD_WIDTH:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Taps:
         """One forward over the whole prompt.
@@ -172,14 +159,14 @@ class Oracle:
             Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
         """
         arguments, mask = self._arguments(inputs)
-        with self._threads(), _Recorder(self.network.model) as recorder:
+        with suited_to(self.config.text.hidden_size), _Recorder(self.network.model) as recorder:
             logits = self.network(**arguments, use_cache=False).logits
         return recorder.taps(mask) | {"logits": _numpy(logits) * mask[..., None]}
 
     @torch.no_grad()
     def greedy(self, inputs: Inputs, n: int) -> Greedy:
         """`n` cached greedy steps after the prompt; no stop token is honoured."""
-        with self._threads():
+        with suited_to(self.config.text.hidden_size):
             return self._greedy(inputs, n)
 
     def _greedy(self, inputs: Inputs, n: int) -> Greedy:

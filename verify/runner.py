@@ -81,7 +81,7 @@ def run_suite(
             layer.update(np.unique(of_layer[of_layer >= 0]).tolist())
         cases.append(_compare(case, taps, greedy, candidate, config))
         if rounded is not None:
-            cases[-1]["calibration"] = _compared(case, taps, rounded.run(case.inputs), config)[0]
+            cases[-1]["calibration"] = compared(case, taps, rounded.run(case.inputs), config)[0]
         seconds[plan.name] = {
             "reference": round(halfway - started, 3),
             "candidate": round(time.perf_counter() - halfway, 3),
@@ -135,7 +135,7 @@ def _compare(
         "grids": case.inputs["image_grid_hws"].tolist() if "image_grid_hws" in case.inputs else [],
         "calls": list(case.calls),
         "new_tokens": case.new_tokens,
-        "inputs_sha256": _inputs_hash(case),
+        "inputs_sha256": inputs_hash(case),
         "prompts": list(case.prompts),
         "taps": {},
         "missing": [],
@@ -143,7 +143,7 @@ def _compare(
     }
     try:
         taps = candidate.run(case.inputs, case.calls)
-        record["taps"], record["missing"] = _compared(case, reference, taps, config)
+        record["taps"], record["missing"] = compared(case, reference, taps, config)
         if greedy is not None:
             tokens = candidate.greedy(case.inputs, case.new_tokens)
             scale = float(np.abs(reference["logits"]).max())
@@ -155,7 +155,7 @@ def _compare(
     return record
 
 
-def _compared(
+def compared(
     case: Case, reference: dict[str, np.ndarray], taps: dict[str, np.ndarray], config: ModelConfig
 ) -> tuple[dict[str, Any], list[str]]:
     """The metrics of each tap in network order, and the names of those that the candidate does not give."""
@@ -206,7 +206,7 @@ def _compared(
     return out, missing
 
 
-def _inputs_hash(case: Case) -> str:
+def inputs_hash(case: Case) -> str:
     digest = hashlib.sha256()
     for name in sorted(case.inputs):
         array = np.ascontiguousarray(case.inputs[name])

@@ -16,6 +16,7 @@ import torch
 from . import attention, elementwise, experts, norms, products, selection, shaping  # noqa: F401  they fill RULES
 from .errors import InterpreterError, Refused, require
 from .graph import CALL, Function, Graph, Node
+from .noise import EXACT, Noise
 from .parameters import Parameters
 from .rules import RULES, Rule
 from .values import (
@@ -27,6 +28,7 @@ from .values import (
     Value,
     described,
     from_numpy,
+    mapped,
     name,
     to_numpy,
     wide,
@@ -44,18 +46,28 @@ class Interpreter:
         arithmetic: "lifted" computes everything that the graph declares as bf16 or fp16 in fp32, from inputs and
             weights as they are: what the graph computes apart from rounding. "rounded" rounds what every operator gives
             to the dtype that the graph declares; inside an operator it is fp32 still.
+        noise: what is added to the results of operators that compute; only with "rounded".
 
     Raises:
         InterpreterError: an operator has no rule, or a parameter is missing.
     """
 
     def __init__(
-        self, graph: Graph, parameters: Mapping[str, np.ndarray], arithmetic: Arithmetic = "lifted"
+        self,
+        graph: Graph,
+        parameters: Mapping[str, np.ndarray],
+        arithmetic: Arithmetic = "lifted",
+        noise: Noise | None = None,
     ) -> None:
         if arithmetic not in ("lifted", "rounded"):
             raise InterpreterError(f"arithmetic: {arithmetic!r}, expected 'lifted' or 'rounded'")
         self.graph = graph
         self.lifted = arithmetic == "lifted"
+        if noise and self.lifted:
+            raise InterpreterError(
+                "noise: is in units of a rounded result, so arithmetic has to be 'rounded'"
+            )
+        self._noise = noise
         for node in graph.nodes:
             if node.operator not in {CALL, *RULES, *_STRUCTURE}:
                 raise InterpreterError(f"there is no rule for {graph.describe(node)}")
@@ -126,7 +138,7 @@ class Interpreter:
                 return self._write(node, rule, arguments)
             result = self._finished(*rule(arguments, node.attributes))
             _check(result, node.declared)
-            return result
+            return mapped(self._noise, result) if self._noise and node.operator not in EXACT else result
         except Refused as e:
             shown = ", ".join(map(described, arguments))
             raise InterpreterError(f"{node.operator} ({node.name}) {e}; its arguments are {shown}") from None
