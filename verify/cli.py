@@ -166,7 +166,7 @@ def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed
     from .cases import DEFAULT_SEED, SeededSource, select, suite
     from .prompts import ProcessorSource, has_processor
 
-    _require_packages("torch", "transformers")
+    require_packages("torch", "transformers")
     from .golden import CASES, GoldenError
     from .golden import record as record_pack
     from .oracle import build_oracle
@@ -179,21 +179,21 @@ def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed
     plans = select(suite(config, found.limits), names or CASES)
     for plan in plans:
         if plan.impossible:
-            _say(f"without case {plan.name}: {plan.impossible}")
+            say(f"without case {plan.name}: {plan.impossible}")
     plans = [plan for plan in plans if not plan.impossible]
     if not plans:
         raise ValueError("--cases: the bundle can run none of them; export a larger context")
-    _say("loading the Torch reference")
+    say("loading the Torch reference")
     oracle = build_oracle(reference.directory)
     real = has_processor(reference.directory)
     inputs = ProcessorSource(reference.directory, config) if real else SeededSource(config)
     seed = DEFAULT_SEED if seed is None else seed
     try:
-        pack = record_pack(oracle, reference.directory, found.path, plans, inputs, seed, out, _say)
+        pack = record_pack(oracle, reference.directory, found.path, plans, inputs, seed, out, say)
     except GoldenError as e:
         _fail(PARITY_FAILED, str(e))
     if not pack.index["taps"]:
-        _say(
+        say(
             "the bundle has no graphs with taps: the pack judges pictures, logits and tokens, and no single layer"
         )
     click.echo(
