@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from traced import Apply, interpret, interpreter, run, trace
 
 from kimi_vl.modeling.parameters import empty_parameter
-from kimi_vl.verify.mindir import InterpreterError, read_graph
+from kimi_vl.verify.mindir import Interpreter, InterpreterError, read_graph
 from kimi_vl.verify.mindir.rules import RULES
 from kimi_vl.verify.mindir.witnesses import TORCH, WITNESSES, unwitnessed
 
@@ -174,6 +174,14 @@ def test_grouped_matmul_docstring():
 
 def test_grouped_matmul_v4_docstring():
     close(interpret(GroupedV4(1), GROUPED_X, GROUPED_W, np.array([1, 2, 1, 2]))[0], GROUPED_Y)
+
+
+def test_grouped_matmul_v4_of_mindspore_2_7_0_has_no_output_dtype():
+    groups = np.array([1, 2, 1, 2])
+    model = trace(GroupedV4(1), GROUPED_X, GROUPED_W, groups)
+    (product,) = (n for n in model.graph.node if "GroupedMatmulV4" in n.op_type)
+    del product.input[16:]
+    close(run(Interpreter(read_graph(model), {}), GROUPED_X, GROUPED_W, groups)[0], GROUPED_Y)
 
 
 def test_grouped_matmul_v2_and_v4_by_ends_as_the_docstring_of_the_others():

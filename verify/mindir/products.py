@@ -145,8 +145,8 @@ def grouped_matmul_v2(x, weight, bias, scale, offset, antiquant_scale, antiquant
 
 
 @rule("GroupedMatmulV4", widen=False, result=_grouped_dtype, floats=FLOATS, attributes=("group_info",))
-def grouped_matmul_v4(x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, pre_token_scale, group_list, activation_input, activation_quant_scale, activation_quant_offset, split_item, group_type, group_list_type, act_type, output_dtype, group_info):  # fmt: skip
-    """group_list: ends (group_list_type 0) or counts (1)."""
+def grouped_matmul_v4(x, weight, bias, scale, offset, antiquant_scale, antiquant_offset, pre_token_scale, group_list, activation_input, activation_quant_scale, activation_quant_offset, split_item, group_type, group_list_type, act_type, output_dtype=None, *, group_info):  # fmt: skip
+    """group_list: ends (group_list_type 0) or counts (1). MindSpore 2.7.0 has no output_dtype."""
     require(
         group_list_type in (0, 1), f"has group_list_type {group_list_type}, expected 0 (ends) or 1 (counts)"
     )
