@@ -39,14 +39,20 @@ def oracle() -> Oracle:
 
 
 @functools.cache
-def bundle(target: str, taps: bool = True) -> Path:
+def bundle(target: str, taps: bool = True, batch: int = 1) -> Path:
     """A small bundle; not to be changed. Without taps it is the same but for the graphs that have them."""
-    path = Path(_room().name) / f"{target}-{taps}"
+    path = Path(_room().name) / f"{target}-{taps}-{batch}"
     if not taps:
         shutil.copytree(bundle(target), path)
         bundles.edit(path, _without_taps)
         return path
-    sizes: dict[str, Any] = {"seq": (128,), "prefill_chunk": 64, "image_patches": (64,), "taps": True}
+    sizes: dict[str, Any] = {
+        "seq": (128,),
+        "prefill_chunk": 64,
+        "image_patches": (64,),
+        "taps": True,
+        "batch": batch,
+    }
     export(plan_export(open_converted(bundles.converted("tiny8-bf16")), **sizes, target=target), path)
     return path
 

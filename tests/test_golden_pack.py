@@ -119,6 +119,16 @@ def test_a_bundle_that_is_wrong_itself_gets_no_pack(tmp_path):
     assert not (tmp_path / "p.npz").exists()
 
 
+@pytest.mark.slow
+def test_rows_that_share_a_cache_parameter_are_recorded_as_the_loader_runs_them(tmp_path):
+    """Three prompts in batches of two; that the calls are right is what recording itself requires."""
+    pack = packs.record(packs.bundle("ascend", batch=2), tmp_path / "p.npz", ("batch", "batch-steps"))
+    batch, steps = pack.cases
+    assert [c["rows"] for c in batch["calls"] if c["kind"] != "vision"] == [[0, 1], [2, None]]
+    assert [c["feeds"] for c in batch["greedy"]["calls"]][2:4] == [[[0, 0], [1, 1]], [[2, 0]]]
+    assert sum(sum(c["count"]) for c in steps["calls"] if c["kind"] != "vision") == steps["tokens"]
+
+
 def test_a_damaged_pack_is_refused(tmp_path):
     content = packs.pack_file("cpu").read_bytes()
     path = tmp_path / "p.npz"

@@ -24,6 +24,7 @@ from ..modeling.cache import LatentCache
 from ..modeling.configuration import ModelConfig
 from ..modeling.engine import Engine, Row
 from ..modeling.forward import KimiVLForward
+from ..modeling.shapes import holds_a_batch
 from .cases import SUITE_VERSION, Case, Plan, Source, build
 from .golden_answers import PackArrays, columns, expected_answers
 from .golden_limits import exact_limits, rounding_limits
@@ -129,24 +130,49 @@ class _Recorder(KimiVLForward):
         self.features = np.zeros((0, 0), np.float32)
         self.offsets: list[int] = []
         self._image = 0
-        # no weights: nothing runs
-        self.engine = Engine(config, BundleGraphs(directory, bundle, cast(Any, None), load))
+        self._rows: dict[int, int] = {}
+        self._lengths: list[int] = []
+        self._ends: list[int] = []
+        # no weights: nothing runs; rows are held as by the target's own loader
+        together = any(holds_a_batch(port.shape) for g in bundle.graphs.values() for port in g.caches)
+        self.engine = Engine(config, BundleGraphs(directory, bundle, cast(Any, None), load, together))
 
     def start(self, features: np.ndarray | None, offsets: list[int]) -> LatentCache:
         """Begins another list of calls, on an empty cache; `offsets` are the numbers of each sequence's first token."""
         self.calls, self.offsets, self._image = [], offsets, 0
         if features is not None:
             self.features = features
-        return self.engine.new_cache(len(offsets))
+        self._cache = self.engine.new_cache(len(offsets))
+        self._lengths = [0] * len(offsets)
+        return self._cache
 
     def extend(self, cache: LatentCache, rows: Sequence[Row], all_logits: bool) -> None:
         self._rows = {id(row): b for b, row in enumerate(cache.rows)}
-        self._left = [len(row.ids) for row in rows]
+        self._lengths = cache.lengths.tolist()
+        self._ends = [n + len(row.ids) for n, row in zip(self._lengths, rows)]
+        self._cache = cache
         self.engine.extend(cache, rows, all_logits=all_logits)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Writes down what the last call added to each row: the engine says so by the rows' lengths, after the call."""
+        before, self._lengths = self._lengths, self._cache.lengths.tolist()
+        call = self.calls[-1] if self.calls else {}
+        if "rows" not in call or "count" in call:
+            return
+        call |= {"count": [], "tokens": [], "gives": []}
+        for i, b in enumerate(call["rows"]):
+            new = 0 if b is None else self._lengths[b] - before[b]
+            call["count"].append(new)
+            if new:
+                first = self.offsets[b] + before[b]
+                call["tokens"] += [[first + t, i, t] for t in range(new)]
+                call["gives"] += [[b, i]] if self._lengths[b] == self._ends[b] else []
 
     def write(
         self, name: str, record: GraphRecord, inputs: dict[str, np.ndarray], rows: Sequence[Any]
     ) -> np.ndarray:
+        self._settle()
         call: dict[str, Any] = {
             "graph": name,
             "taps_graph": self._with_taps(name, record),
@@ -163,16 +189,7 @@ class _Recorder(KimiVLForward):
             out[:count] = self.features[self._image : self._image + count]
             self._image += count
             return out
-        held = [self._rows.get(id(row)) for row in rows]
-        tokens = record.tokens or 0
-        new = [0 if b is None else min(tokens, self._left[b]) for b in held]
-        call |= {"rows": held, "count": new, "tokens": [], "gives": []}
-        for i, b in enumerate(held):
-            if b is not None:
-                self._left[b] -= new[i]
-                first = self.offsets[b] + int(inputs["start"][i])
-                call["tokens"] += [[first + t, i, t] for t in range(new[i])]
-                call["gives"] += [] if self._left[b] else [[b, i]]
+        call["rows"] = [self._rows.get(id(row)) for row in rows]
         return np.broadcast_to(np.float32(0), shape)
 
     def _with_taps(self, name: str, record: GraphRecord) -> str | None:
@@ -256,7 +273,7 @@ def _greedy(
         placeholder = np.zeros(1, np.int64)  # the token that the call before gave
         recorder.extend(cache, [Row(placeholder)] * len(offsets), all_logits=False)
         for call in recorder.calls[before:]:
-            call["feeds"] = [[b, i] for i, b in enumerate(call["rows"]) if b is not None]
+            call["feeds"] = [[b, i] for i, b in enumerate(call["rows"]) if call["count"][i]]
     for call in recorder.calls:
         del call["tokens"], call["taps_graph"]
     arrays = recorder.arrays
