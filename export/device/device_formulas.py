@@ -47,6 +47,10 @@ def rms_norm(x, gamma, eps):
     return x * rstd * gamma, rstd
 
 
+def add_rms_norm(x, y, gamma, eps):
+    return *rms_norm(x + y, gamma, eps), x + y
+
+
 def layer_norm(x, gamma, beta, begin, _, eps):
     over = tuple(range(begin % x.ndim, x.ndim))
     mean = x.mean(over, keepdims=True, dtype=np.float64)
@@ -136,6 +140,7 @@ def fused_infer_attention_score(q, k, v, _, mask, lengths, kv_lengths, *argument
 FORMULAS: dict[str, tuple[Callable[..., Any], str]] = {
     "Add": (lambda x, y: x + y, ROUNDED),
     "AddExt": (lambda x, y, alpha: x + y * alpha, ROUNDED),
+    "AddRmsNorm": (add_rms_norm, ROUNDED),
     "BatchMatMul": (lambda x, y, a, b: swapped(x, a) @ swapped(y, b), ROUNDED),
     "BiasAdd": (lambda x, b, _: x + b.reshape(-1, *[1] * (x.ndim - 2)), ROUNDED),
     "BroadcastTo": (np.broadcast_to, MOVED),
