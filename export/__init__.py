@@ -1,9 +1,10 @@
 """MindIR bundles: static graphs of a converted checkpoint, written without weights in memory, and loaded again.
 
-`plan` says which graphs a bundle has (no MindSpore), `trace` makes one from the network, `mindir` gives it its final
-form, `lint` and `legality` hold one for Ascend against what a device needs (the table of operators is in `operators`),
-`memory` says what a device needs for them, `writing` puts a bundle together, `bundle` is its manifest, `load` runs it on
-weights that `weights` checks, which `verified` remembers, `lite` runs it with MindSpore Lite, and `cli` is the command ``export-mindir``.
+`plan` says which graphs a bundle has (no MindSpore), `trace` makes one from the network or, by `scaling`, from two of
+other lengths, `mindir` gives it its final form, `lint` and `legality` hold one for Ascend against what a device needs (the
+table of operators is in `operators`), `memory` says what a device needs for them, `writing` puts a bundle together, `bundle`
+is its manifest, `load` runs it on weights that `weights` checks, which `verified` remembers, `lite` runs it with MindSpore
+Lite, and `cli` is the command ``export-mindir``.
 
 `nodes` reads a graph back as typed nodes; `liveness`, `flops`, `summary` and `drawing` are computed from these, for the
 command ``inspect-mindir`` in `inspect`.

@@ -132,6 +132,11 @@ class GraphPlan:
         return f"{self.kind}-{size}" + (TAPS if self.taps else "")
 
     @property
+    def length(self) -> int:
+        """Cache slots, or patches: in what it differs from others of its kind."""
+        return self.patches or self.context or 0
+
+    @property
     def all_logits(self) -> bool:
         return self.kind != PREFILL
 
@@ -209,13 +214,14 @@ class BundlePlan:
         row = text.num_hidden_layers * self.contexts[-1] * text.latent_dim
         return self.batch * row * DTYPES[self.target.dtype].itemsize
 
-    def traces(self) -> Iterator[tuple[GraphPlan, GraphPlan | None]]:
-        """Each graph to be traced, and another that follows from it by leaving its taps out."""
+    def families(self) -> Iterator[tuple[list[GraphPlan], dict[str, GraphPlan]]]:
+        """Graphs of one kind that differ in length alone, ascending, and by name those that follow by leaving taps out."""
         bare = {g.name: g for g in self.graphs if not g.taps}
         tapped = [g for g in self.graphs if g.taps]
-        for graph in tapped:
-            yield graph, bare.pop(graph.name.removesuffix(TAPS), None)
-        yield from ((graph, None) for graph in bare.values())
+        follow = {g.name: bare.pop(name) for g in tapped if (name := g.name.removesuffix(TAPS)) in bare}
+        for family in (tapped, list(bare.values())):
+            for kind in dict.fromkeys(g.kind for g in family):
+                yield sorted((g for g in family if g.kind == kind), key=lambda g: g.length), follow
 
     def shortened(self) -> ShortPlan:
         """The largest graph of each kind, with the first layers alone: each kind of layer, and one after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +21,7 @@ from .errors import ExportError
 from .operators import GE
 from .plan import VISION, GraphPlan, Target
 from .proto import pb
+from .scaling import Lengths, Unlike, scaled
 
 _DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
 
@@ -64,16 +66,43 @@ class Tracer:
         if self.target.runtime == GE:
             mindir.numbers_as_tensors(model)
         mindir.normalise(model)
-        found = mindir.inputs(model)
-        if list(found.items()) != list(graph.inputs.items()):
-            raise ExportError(f"{graph.name}: the traced graph takes {found}, expected {graph.inputs}")
-        given = mindir.outputs(model)
-        if given != list(graph.outputs.values()):
-            raise ExportError(f"{graph.name}: the traced graph gives {given}, expected {graph.outputs}")
-        caches = {n: spec for n, spec in mindir.parameters(model).items() if n in graph.caches}
-        if caches != graph.caches:
-            raise ExportError(f"{graph.name}: the traced graph has caches {caches}, expected {graph.caches}")
-        return model
+        return _checked(graph, model)
+
+    def family(self, graphs: Sequence[GraphPlan]) -> Iterator[tuple[GraphPlan, Any]]:
+        """Graphs of one kind, ascending, and the ModelProto of each, which the caller may change.
+
+        The smallest and the largest are traced, and what lies between follows where these two differ in nothing but their
+        length (see ``scaling``); what does not is the smallest of the next round.
+        """
+        *left, last = graphs
+        largest = self.trace(last)
+        while left:
+            first, *others = left
+            model = self.trace(first)
+            left = []
+            for graph in others:
+                try:
+                    between = scaled(model, largest, Lengths(first.length, last.length, graph.length))
+                except Unlike:
+                    left.append(graph)
+                else:
+                    yield graph, _checked(graph, between)
+            yield first, model
+        yield last, largest
+
+
+def _checked(graph: GraphPlan, model: Any) -> Any:
+    """`model`. Raises ExportError: it is not what the plan says."""
+    found = mindir.inputs(model)
+    if list(found.items()) != list(graph.inputs.items()):
+        raise ExportError(f"{graph.name}: the traced graph takes {found}, expected {graph.inputs}")
+    given = mindir.outputs(model)
+    if given != list(graph.outputs.values()):
+        raise ExportError(f"{graph.name}: the traced graph gives {given}, expected {graph.outputs}")
+    caches = {n: spec for n, spec in mindir.parameters(model).items() if n in graph.caches}
+    if caches != graph.caches:
+        raise ExportError(f"{graph.name}: the traced graph has caches {caches}, expected {graph.caches}")
+    return model
 
 
 def _trace(cell: nn.Cell, inputs: Ports) -> Any:

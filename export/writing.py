@@ -133,26 +133,29 @@ def _write_graphs(
         records[graph.name] = _write_graph(graph, model, external, directory)
         traced.launches[graph.name] = sum(lint.launches(model).values())
 
-    for graph, bare in plan.traces():
+    for family, follow in plan.families():
         if progress:
-            progress(graph.name, 0)
-        model = tracer.trace(graph)
-        traced.mind_ir = model.mind_ir_version
-        names = _check_parameters(plan, graph, mindir.parameters(model))
-        unused -= names
-        # All or none: a graph that finds only some of its data would run on arbitrary memory for the rest.
-        external = all(map(plan.as_stored, names))
-        mindir.point_at(model, {name: plan.weights.location(name) for name in names} if external else {})
-        write(graph, model, external)
-        if bare:
-            mindir.keep_outputs(model, len(bare.outputs))
-            mindir.normalise(model)
-            write(bare, model, external)
-        if progress:
-            progress(graph.name, 2 if bare else 1)
+            progress(family[0].name, 0)
+        for graph, model in tracer.family(family):
+            traced.mind_ir = model.mind_ir_version
+            names = _check_parameters(plan, graph, mindir.parameters(model))
+            unused -= names
+            # All or none: a graph that finds only some of its data would run on arbitrary memory for the rest.
+            external = all(map(plan.as_stored, names))
+            mindir.point_at(model, {name: plan.weights.location(name) for name in names} if external else {})
+            write(graph, model, external)
+            bare = follow.get(graph.name)
+            if bare:
+                mindir.keep_outputs(model, len(bare.outputs))
+                mindir.normalise(model)
+                write(bare, model, external)
+            if progress:
+                progress(graph.name, 2 if bare else 1)
     if unused:
         raise ExportError(f"{min(unused)}: is in {plan.weights.directory}, but no graph uses it")
-    return {graph.name: records[graph.name] for graph in plan.graphs}, traced
+    in_order = [graph.name for graph in plan.graphs]
+    traced.launches = {name: traced.launches[name] for name in in_order}
+    return {name: records[name] for name in in_order}, traced
 
 
 def _write_graph(graph: GraphPlan, model: Any, external: bool, directory: Path) -> GraphRecord:
