@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import nn, ops
 from mindspore.ops import operations as P
 
-from kimi_vl.modeling.kernels import ascend, plain
+from kimi_vl.modeling.kernels import ascend, cache_writes, plain
 
 
 class ScatterUpdate(nn.Cell):
@@ -60,6 +60,14 @@ class RmsNorm(nn.Cell):
         return self.norm(x, weight), x
 
 
+class AddRmsNorm(nn.Cell):
+    def construct(self, x, y, weight, epsilon):
+        total = x + y
+        scale = ops.rsqrt(ops.mean(total * total, -1, True) + epsilon)
+        normed = total * ops.broadcast_to(scale, total.shape) * ops.broadcast_to(weight, total.shape)
+        return normed, scale, total
+
+
 class Swiglu(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -97,6 +105,7 @@ OPERATORS = SimpleNamespace(
     KVCacheScatterUpdate=ScatterUpdate,
     FusedInferAttentionScore=FusedAttention,
     RmsNorm=RmsNorm,
+    AddRmsNorm=AddRmsNorm,
     Swiglu=Swiglu,
     SplitWithSize=SplitWithSize,
     TopkExt=TopkExt,
@@ -107,5 +116,6 @@ OPERATORS = SimpleNamespace(
 
 def install(monkeypatch) -> None:
     """From now on the backend `ascend` is this one."""
-    monkeypatch.setattr(ascend, "generated", OPERATORS)
+    for module in (ascend, cache_writes):
+        monkeypatch.setattr(module, "generated", OPERATORS)
     monkeypatch.setattr(ascend, "Experts", plain.Experts)
