@@ -74,7 +74,17 @@ def measure(command: Sequence[str | Path]) -> Run:
 
 def anonymous(pid: int) -> int:
     """Bytes of memory that no file backs, of a process and all that it started."""
-    return sum(map(_rss_anon, _family(pid)))
+    return sum(memory(child).get("RssAnon", 0) for child in _family(pid))
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Bytes by the system's names (VmHWM, VmRSS, RssAnon, RssFile, …), of one process; none if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in fields}
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -86,11 +96,3 @@ def _family(pid: int) -> Iterator[int]:
             continue
         for child in children:
             yield from _family(int(child))
-
-
-def _rss_anon(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
