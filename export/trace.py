@@ -9,7 +9,9 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn
 from mindspore.common.api import _cell_graph_executor as executor
+from mindspore.ops import auto_generate as generated
 
+from ..convert.errors import EnvironmentProblem
 from ..modeling.configuration import ModelConfig
 from ..modeling.graphs import LastLogitsGraph, TextGraph, VisionGraph
 from ..modeling.kernels import get_kernels
@@ -27,9 +29,18 @@ _DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16
 
 
 class Tracer:
-    """Builds the network once, without weights, and traces its graphs one by one."""
+    """Builds the network once, without weights, and traces its graphs one by one.
+
+    Raises:
+        EnvironmentProblem: the installed MindSpore is too old for an operator that was asked for.
+    """
 
     def __init__(self, config: ModelConfig, target: Target, batch: int) -> None:
+        if target.cache_write == "index-copy" and not hasattr(generated, "InplaceIndexCopy"):
+            raise EnvironmentProblem(
+                f"MindSpore {ms.__version__}: has no InplaceIndexCopy for --cache-write index-copy; choose another write, or "
+                "install 2.10"
+            )
         self.config = config
         self.target = target
         self.batch = batch

@@ -20,11 +20,12 @@ from checkpoints import configuration, tensors, write_checkpoint
 from click.testing import CliRunner
 from golden import DATA
 from mindspore import nn
+from mindspore.ops import auto_generate as generated
 from mindspore.train import mind_ir_pb2 as pb
 from traced import run, trace
 
 import kimi_vl
-from kimi_vl.convert import convert
+from kimi_vl.convert import EnvironmentProblem, convert
 from kimi_vl.export import (
     BundleError,
     ExportError,
@@ -254,7 +255,13 @@ def test_attention_and_experts_can_be_made_of_plain_operators(plans, tmp_path, t
         assert (operators(made[graph])[grouped] == 0) == (experts == "plain")
 
 
-@pytest.mark.parametrize("cache_write", CACHE_WRITES)
+INDEX_COPY = pytest.param(
+    "index-copy",
+    marks=pytest.mark.skipif(not hasattr(generated, "InplaceIndexCopy"), reason="not in this MindSpore"),
+)
+
+
+@pytest.mark.parametrize("cache_write", [*CACHE_WRITES[:3], INDEX_COPY])
 def test_each_way_to_write_the_cache_uses_its_operator_once_a_layer(plans, cache_write):
     plan = plan_export(plans["tiny8-bf16"].weights, **SMALL, batch=2, cache_write=cache_write)
     text, (graph,) = plan.config.text, (g for g in plan.graphs if g.name == "prefill-32x128")
@@ -366,6 +373,13 @@ def test_more_rows_than_fp32_can_number_are_refused(plans, monkeypatch):
     monkeypatch.setattr(lite, "EXACT", 1)
     with pytest.raises(ValueError, match="more rows than fp32 can number; use a smaller prefill chunk"):
         Tracer(plan.config, plan.target, 1).trace(decode)
+
+
+def test_a_mindspore_without_index_copy_is_named(plans, monkeypatch):
+    plan = plan_export(plans["tiny8-bf16"].weights, **SMALL, cache_write="index-copy")
+    monkeypatch.delattr(generated, "InplaceIndexCopy", raising=False)
+    with pytest.raises(EnvironmentProblem, match="has no InplaceIndexCopy for --cache-write index-copy"):
+        Tracer(plan.config, plan.target, 1)
 
 
 def test_flat_caches_are_not_for_the_loader(written, tmp_path, monkeypatch):

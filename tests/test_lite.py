@@ -29,10 +29,7 @@ from kimi_vl.export.weights import SharedWeights
 from kimi_vl.modeling.engine import Engine, Row
 from kimi_vl.verify.interpreted import InterpretedGraph
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(ms, "DeviceCtx"), reason="device graphs need MindSpore 2.10"),
-    pytest.mark.usefixtures("one_torch_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 BF16 = "tiny8-bf16"
 SIZES = {"seq": (256,), "prefill_chunk": 64, "image_patches": (64,), "target": "lite"}
 NEW_TOKENS = 12
