@@ -20,7 +20,6 @@ from ..modeling.engine import Arrays, Engine
 from ..modeling.generation import KimiVLGeneration
 from ..modeling.modeling_kimi_vl import mindspore_dtype
 from ..modeling.settings import generation_settings
-from ..modeling.shapes import holds_a_batch
 from . import mindir
 from .bundle import MANIFEST, Bundle, GraphRecord
 from .errors import BundleError
@@ -50,8 +49,7 @@ class MindIRModel(KimiVLGeneration):
         self.dtype = mindspore_dtype(bundle.dtype)
         self.generation_config = generation_settings(directory, config)
         self.weights = weights
-        together = any(holds_a_batch(port.shape) for g in bundle.graphs.values() for port in g.caches)
-        self.engine = Engine(config, BundleGraphs(directory, bundle, weights, together=together))
+        self.engine = Engine(config, BundleGraphs(directory, bundle, weights, together=rows_together(bundle)))
 
     @classmethod
     def from_bundle(cls, directory: str | Path, verify: bool | None = None) -> MindIRModel:
@@ -81,15 +79,16 @@ class MindIRModel(KimiVLGeneration):
         return self.weights.array(name)
 
 
+def rows_together(bundle: Bundle) -> bool:
+    """Whether a cache parameter holds all rows of a batch: it has an axis for them, or their slots follow each other."""
+    caches = (port for graph in bundle.graphs.values() for port in graph.caches)
+    return bundle.cache_write in FLAT_WRITES or any(len(port.shape) == 4 for port in caches)
+
+
 def _check_device(directory: Path, bundle: Bundle) -> None:
     """Raises BundleError: MindSpore runs on something that the graphs are not for, or their caches are not kept here."""
     device = running.device()
     if device.lower() == bundle.target:
-        if bundle.cache_write in FLAT_WRITES:
-            raise BundleError(
-                f"{directory}: has caches without an axis for the batch (--cache-write {bundle.cache_write}), which this "
-                "loader does not keep; export with --cache-write scatter or scatter-nd"
-            )
         return
     if device == "CPU":
         raise BundleError(
@@ -207,7 +206,7 @@ class LoadedGraph:
             )
         if caches:
             held = [parameters[port.name] for port in self._record.caches]
-            self._caches = bind(held, self._record.context or 0)
+            self._caches = bind(held, self._record.context or 0, rows_together(bundle))
 
     def run(self, inputs: Arrays, rows: Sequence[CacheRow] = ()) -> list[np.ndarray]:
         """The outputs for these inputs; a text graph reads and extends the caches of `rows`."""

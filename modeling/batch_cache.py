@@ -1,4 +1,5 @@
-"""The cache on a device: parameters [B, 1, context, width], which hold the rows that a graph serves together.
+"""The cache on a device: parameters which hold the rows that a graph serves together, [B, 1, context, width] or flat,
+[B * context, width].
 
 Every graph has cache parameters of its own, one per layer, and they never leave the device. The rows of one batch are
 at home in the parameters of the graph that ran on them last; when another graph is to go on with them (a longer
@@ -31,11 +32,11 @@ _numbers = itertools.count()
 
 
 class Slots:
-    """Cache parameters [B, 1, context, width], one per layer, and the batch that is at home in them."""
+    """Cache parameters with `context` slots per row, one per layer, and the batch that is at home in them."""
 
-    def __init__(self, parameters: Sequence[ms.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[ms.Parameter], context: int) -> None:
         self.parameters = list(parameters)
-        self.context = int(parameters[0].shape[2])
+        self.context = context
         self._owner: weakref.ref[Batch] | None = None
         self._copies: dict[int, nn.Cell] = {}
         number = next(_numbers)
@@ -59,41 +60,48 @@ class Slots:
             if used > self.context:
                 raise ValueError(f"cache: {used} slots are used, but the graph has {self.context}")
             if source.context not in self._copies:
-                self._copies[source.context] = prepared(CopySlots(self.parameters, source.context))
+                self._copies[source.context] = prepared(
+                    CopySlots(self.parameters, self.context, source.context)
+                )
             self._copies[source.context].compile_and_run(*source.parameters)
         batch.home, self._owner = self, weakref.ref(batch)
 
     def like(self) -> Slots:
         """Others of the same sizes."""
-        return Slots([empty_parameter(p.shape, p.dtype) for p in self.parameters])
+        return Slots([empty_parameter(p.shape, p.dtype) for p in self.parameters], self.context)
 
 
 class CopySlots(nn.Cell):
-    """Assigns the first slots of the inputs [B, 1, context, width] to the parameters, as many as both have."""
+    """Assigns each row's first slots of the inputs to the parameters, as many as both have.
 
-    def __init__(self, parameters: Sequence[ms.Parameter], context: int) -> None:
+    Args:
+        context: slots per row of the parameters; `source` those of the inputs.
+    """
+
+    def __init__(self, parameters: Sequence[ms.Parameter], context: int, source: int) -> None:
         super().__init__()
         self.targets = ms.ParameterTuple(parameters)
-        self.slots = min(context, int(parameters[0].shape[2]))
+        self.context, self.source = context, source
+        self.slots = min(context, source)
         self.assign = P.Assign()
 
     def construct(self, *sources):
         done: tuple = ()
         for i in range(len(self.targets)):
-            target, content = self.targets[i], sources[i]
-            if content.shape[2] > self.slots:
-                content = content[:, :, : self.slots]
-            if target.shape[2] > self.slots:
-                content = ops.concat((content, target[:, :, self.slots :]), 2)
-            done += (ops.depend(0, self.assign(target, content)),)
+            target, width = self.targets[i], self.targets[i].shape[-1]
+            content = ops.reshape(sources[i], (-1, self.source, width))[:, : self.slots]
+            if self.context > self.slots:
+                rest = ops.reshape(target, (-1, self.context, width))[:, self.slots :]
+                content = ops.concat((content, rest), 1)
+            done += (ops.depend(0, self.assign(target, ops.reshape(content, target.shape))),)
         return done
 
 
 class BatchBinding:
     """The cache parameters of one graph, and the batches that it runs on in turn. See ``binding.Binding``."""
 
-    def __init__(self, parameters: Sequence[ms.Parameter]) -> None:
-        self._slots = Slots(parameters)
+    def __init__(self, parameters: Sequence[ms.Parameter], context: int) -> None:
+        self._slots = Slots(parameters, context)
         self._spares: list[Slots] = []
 
     @contextmanager

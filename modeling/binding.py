@@ -11,7 +11,6 @@ import numpy as np
 
 from .batch_cache import BatchBinding
 from .cache import CacheRow, RowCache
-from .shapes import holds_a_batch
 
 # From 2.10 on, set_data makes a parameter of a compiled graph stand for other memory. In 2.7 it copies into the memory
 # that the parameter had in the first run (and goes on doing so when that is freed). What holds in between was not
@@ -26,10 +25,10 @@ class Binding(Protocol):
         """Within it the graph may run: it reads these rows' slots and writes the next `tokens` of each."""
 
 
-def bind(parameters: Sequence[ms.Parameter], context: int) -> Binding:
-    """Cache parameters of a graph with `context` slots: one per layer for a whole batch, or one per layer and row."""
-    if holds_a_batch(parameters[0].shape):
-        return BatchBinding(parameters)
+def bind(parameters: Sequence[ms.Parameter], context: int, together: bool) -> Binding:
+    """Cache parameters of a graph with `context` slots: one per layer for all rows (`together`), or one for each row."""
+    if together:
+        return BatchBinding(parameters, context)
     return CacheBinding(parameters, context)
 
 

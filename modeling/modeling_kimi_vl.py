@@ -23,7 +23,7 @@ from .kernels import get_kernels
 from .language import LanguageModel
 from .parameters import init_parameters, no_init_parameters
 from .settings import generation_settings, in_token_limit
-from .shapes import Ports, holds_a_batch, text_inputs, vision_inputs
+from .shapes import Ports, text_inputs, vision_inputs
 from .vision import MoonViT, Projector
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class NativeGraphs:
         self.contexts: Sequence[int] = contexts(max_context)
         self.patches: Sequence[int] = patch_buckets(patches)
         self.chunk = min(chunk, max_context)
-        self.together = holds_a_batch(model.kernels.cache_shapes(1, 1, 1)[0])
+        self.together = len(model.kernels.cache_shapes(2, 1, 1)) == 1  # one parameter for two rows
 
     def batch(self, rows: int) -> int:
         return rows
@@ -98,7 +98,7 @@ class NativeGraphs:
             ),
         )
         if key not in self._caches:
-            self._caches[key] = bind(cell.caches, context)
+            self._caches[key] = bind(cell.caches, context, self.together)
         with self._caches[key].holding(rows, tokens):
             return self._run(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
 

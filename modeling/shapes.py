@@ -21,11 +21,6 @@ def cache_of_batch(batch: int, context: int, width: int) -> list[tuple[int, ...]
     return [(batch, 1, context, width)]
 
 
-def holds_a_batch(cache: tuple[int, ...]) -> bool:
-    """Whether a cache parameter of this shape is for all rows of a batch."""
-    return len(cache) == 4
-
-
 def cache_of_slots(batch: int, context: int, width: int) -> list[tuple[int, ...]]:
     """Shapes of one layer's cache parameters: one for all rows, whose slots follow each other."""
     return [(batch * context, width)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -42,7 +41,6 @@ from kimi_vl.export.cli import cli
 from kimi_vl.export.operators import GE, KBK, ROWS
 from kimi_vl.export.plan import CACHE_WRITES, FLAT_WRITES, BundlePlan, open_converted
 from kimi_vl.export.trace import Tracer
-from kimi_vl.modeling import running
 from kimi_vl.modeling.kernels import get_kernels, lite
 from kimi_vl.modeling.modeling_kimi_vl import _has_data
 from kimi_vl.verify.mindir import Interpreter, read_graph
@@ -380,16 +378,6 @@ def test_a_mindspore_without_index_copy_is_named(plans, monkeypatch):
     monkeypatch.delattr(generated, "InplaceIndexCopy", raising=False)
     with pytest.raises(EnvironmentProblem, match="has no InplaceIndexCopy for --cache-write index-copy"):
         Tracer(plan.config, plan.target, 1)
-
-
-def test_flat_caches_are_not_for_the_loader(written, tmp_path, monkeypatch):
-    copy = Path(shutil.copytree(written["nano"], tmp_path / "flat"))
-    bundles.edit(copy, lambda manifest: manifest.update(cache_write="index-copy"))
-    monkeypatch.setattr(running, "device", lambda: "Ascend")
-    with pytest.raises(
-        BundleError, match="which this loader does not keep; export with --cache-write scatter"
-    ):
-        MindIRModel.from_bundle(copy)
 
 
 def test_the_wheel_has_every_adapter_that_lite_counts_on():

@@ -47,23 +47,24 @@ def plain():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The network, and a bundle of two rows per graph; what holds a cache is the same for both."""
-    directory = tmp_path_factory.mktemp("batch") / "mindir"
+    """The network, and bundles of two rows per graph; what holds a cache is the same for all."""
+    room = tmp_path_factory.mktemp("batch")
+    sizes = {"seq": CONTEXTS, "batch": 2, "prefill_chunk": CHUNK, "image_patches": (64,)}
     with pytest.MonkeyPatch.context() as patch:
         portable.install(patch)
         cpu, ascend = plan.TARGETS["cpu"], plan.TARGETS["ascend"]
-        likewise = dataclasses.replace(cpu, kernels=ascend.kernels, cache_shapes=ascend.cache_shapes)
+        names = ("kernels", "cache_shapes", "cache_write", "cache_writes")
+        likewise = dataclasses.replace(cpu, **{name: getattr(ascend, name) for name in names})
         patch.setitem(plan.TARGETS, "cpu", likewise)
         source = plan.open_converted(bundles.converted(BF16))
-        export(
-            plan_export(
-                source, target="cpu", seq=CONTEXTS, batch=2, prefill_chunk=CHUNK, image_patches=(64,)
-            ),
-            directory,
-        )
-        bundle = MindIRModel.from_bundle(directory)
-        assert bundle.bundle.graphs["decode-64"].caches[0].shape[:3] == (2, 1, 64)
-        yield {"network": network("ascend", CHUNK), "bundle": bundle}
+        export(plan_export(source, target="cpu", **sizes), room / "bundle")
+        export(plan_export(source, target="cpu", cache_write="scatter-update", **sizes), room / "flat")
+        loaded = {name: MindIRModel.from_bundle(room / name) for name in ("bundle", "flat")}
+        shapes = {
+            name: model.bundle.graphs["decode-64"].caches[0].shape[:-1] for name, model in loaded.items()
+        }
+        assert shapes == {"bundle": (2, 1, 64), "flat": (2 * 64,)}
+        yield {"network": network("ascend", CHUNK), **loaded}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def alone(plain, ids: np.ndarray) -> np.ndarray:
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["network", "bundle"])
+@pytest.mark.parametrize("kind", ["network", "bundle", "flat"])
 def test_equals_torch(models, kind):
     check_case(models[kind], load_case(BF16, "batch"), taps=False)
 
@@ -116,10 +117,11 @@ def test_the_cache_is_right_after_32_steps(bundle):
 # Where a cache is ----------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_moves_when_it_grows_and_at_no_other_step(bundle, plain, monkeypatch):
+@pytest.mark.parametrize("kind", ["bundle", "flat"])
+def test_a_cache_moves_when_it_grows_and_at_no_other_step(models, kind, plain, monkeypatch):
     ids = ids_of(50)
     with copies(monkeypatch) as made:
-        got = bundle.generate(input_ids=ids, max_new_tokens=30, eos_token_id=None).asnumpy()
+        got = models[kind].generate(input_ids=ids, max_new_tokens=30, eos_token_id=None).asnumpy()
     assert made == [(64, 64), (64, 256)]  # decoding after prefill; 64 slots are full
     want = plain.generate(input_ids=ids, max_new_tokens=30, eos_token_id=None).asnumpy()
     assert np.array_equal(got, want)
@@ -157,7 +159,7 @@ def test_two_caches_take_turns_on_the_same_graphs(bundle, plain, monkeypatch):
 
 def test_parameters_of_a_cache_that_is_gone_are_used_again():
     parameters = [empty_parameter((1, 1, 8, 4), ms.float32, f"cache.{i}") for i in range(2)]
-    binding = BatchBinding(parameters)
+    binding = BatchBinding(parameters, 8)
     batches = [Batch(1) for _ in range(3)]
     for batch in batches:
         with binding.holding(batch.rows, 1):
@@ -172,13 +174,16 @@ def test_parameters_of_a_cache_that_is_gone_are_used_again():
 
 @pytest.mark.parametrize(("source", "target"), [(4, 8), (8, 4), (8, 8)])
 @pytest.mark.parametrize("dtype", [ms.float32, ms.float16])  # a CPU has no assignment in bf16
-def test_slots_are_copied_bit_for_bit(source, target, dtype):
+@pytest.mark.parametrize("flat", [False, True])
+def test_slots_are_copied_bit_for_bit(source, target, dtype, flat):
     rng = np.random.default_rng(0)
     homes = [
-        Slots([empty_parameter((2, 1, n, 4), dtype, f"cache.{i}") for i in range(2)])
+        Slots(
+            [empty_parameter((2 * n, 4) if flat else (2, 1, n, 4), dtype, f"cache.{i}") for i in range(2)], n
+        )
         for n in (source, target)
     ]
-    content = [rng.standard_normal((2, 1, source, 4)).astype(np.float32) for _ in range(2)]
+    content = [rng.standard_normal(homes[0].parameters[0].shape).astype(np.float32) for _ in range(2)]
     for parameter, a in zip(homes[0].parameters, content):
         parameter.set_data(running.tensor(a, running.name(dtype)))
     batch = Batch(2)
@@ -188,8 +193,8 @@ def test_slots_are_copied_bit_for_bit(source, target, dtype):
     assert batch.home is homes[1] and homes[0].owner is None
     for a, parameter in zip(homes[0].parameters, homes[1].parameters):
         n = min(source, target)
-        got, want = running.array(parameter), running.array(a)
-        assert np.array_equal(got[:, :, :n], want[:, :, :n]) and want.any() and not got[:, :, n:].any()
+        got, want = (running.array(p).reshape(2, -1, 4) for p in (parameter, a))
+        assert np.array_equal(got[:, :n], want[:, :n]) and want.any() and not got[:, n:].any()
 
 
 # Rows of a batch -----------------------------------------------------------------------------------------------------

@@ -18,13 +18,12 @@ from .. import __version__
 from ..export.bundle import MANIFEST, Bundle, GraphRecord
 from ..export.device import device_play
 from ..export.device.device_pack import Pack, file_hash, write_pack
-from ..export.load import BundleGraphs
+from ..export.load import BundleGraphs, rows_together
 from ..export.weights import SharedWeights, check_files
 from ..modeling.cache import LatentCache
 from ..modeling.configuration import ModelConfig
 from ..modeling.engine import Engine, Row
 from ..modeling.forward import KimiVLForward
-from ..modeling.shapes import holds_a_batch
 from .cases import SUITE_VERSION, Case, Plan, Source, build
 from .golden_answers import PackArrays, columns, expected_answers
 from .golden_limits import exact_limits, rounding_limits
@@ -134,8 +133,9 @@ class _Recorder(KimiVLForward):
         self._lengths: list[int] = []
         self._ends: list[int] = []
         # no weights: nothing runs; rows are held as by the target's own loader
-        together = any(holds_a_batch(port.shape) for g in bundle.graphs.values() for port in g.caches)
-        self.engine = Engine(config, BundleGraphs(directory, bundle, cast(Any, None), load, together))
+        self.engine = Engine(
+            config, BundleGraphs(directory, bundle, cast(Any, None), load, rows_together(bundle))
+        )
 
     def start(self, features: np.ndarray | None, offsets: list[int]) -> LatentCache:
         """Begins another list of calls, on an empty cache; `offsets` are the numbers of each sequence's first token."""
