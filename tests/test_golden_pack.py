@@ -33,6 +33,17 @@ def test_a_pack_holds_the_calls_that_the_product_makes():
     image, pieces = pack.cases
     assert [c["graph"] for c in image["calls"]] == ["vision-64", "prefill-logits-64x128"]
     assert [c["count"] for c in pieces["calls"]] == [[28], [9], [2], [5], [1]]
+    network = [
+        "vision_out",
+        "projector_out",
+        "layers.0",
+        "router.1",
+        "layers.1",
+        "router.2",
+        "layers.2",
+        "logits",
+    ]
+    assert list(image["limits"]) == [*network, "tapped_logits", "greedy"]
     kinds = [c["kind"] for c in image["greedy"]["calls"]]
     assert kinds == ["prefill"] + ["decode"] * 31 and pieces["greedy"] is None
     assert all(c["taps_graph"] == f"{c['graph']}-taps" for c in image["calls"])

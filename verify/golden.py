@@ -28,12 +28,14 @@ from .cases import SUITE_VERSION, Case, Plan, Source, build
 from .golden_answers import PackArrays, columns, expected_answers
 from .golden_limits import exact_limits, rounding_limits
 from .interpreted import InterpretedGraph
+from .mindir import Noise
 from .mindir.interpreter import Arithmetic
 from .oracle import Oracle
 from .runner import file_hashes
 
 CASES = ("text", "image", "chunks", "bucket", "batch", "steps")
 LOW = ("bfloat16", "float16")
+NOISY = 2  # runs with noise, beside the one that is only rounded
 
 
 class GoldenError(ValueError):
@@ -73,11 +75,13 @@ def record(
         case["ties"], case["limits"] = exact_limits(pack, case)
         _require_exact(case, device_play.figures(pack, case, *lifted))
         if low:
-            progress(f"{plan.name}: the bundle, rounded at every operator")
-            runs = [_interpreted(pack, case, directory, bundle, weights, "rounded")]
-            case["ties"], case["limits"] = rounding_limits(
-                [device_play.figures(pack, case, *r) for r in runs], case["limits"]
-            )
+            progress(f"{plan.name}: the bundle, rounded at every operator, and with noise after it")
+            runs = [
+                _interpreted(pack, case, directory, bundle, weights, "rounded", noise)
+                for noise in (None, *map(Noise, range(NOISY)))
+            ]
+            rounded, *noisy = (device_play.figures(pack, case, *run) for run in runs)
+            case["ties"], case["limits"] = rounding_limits(rounded, noisy, case["limits"])
     return write_pack(path, index, arrays.members)
 
 
@@ -298,13 +302,14 @@ def _interpreted(
     bundle: Bundle,
     weights: SharedWeights,
     arithmetic: Arithmetic,
+    noise: Noise | None = None,
 ) -> Observed:
     """What the bundle's graphs give when they are interpreted."""
     graphs: dict[str, InterpretedGraph] = {}
 
     def run(name: str, inputs: dict[str, np.ndarray], rows: list[Any]) -> list[np.ndarray]:
         if name not in graphs:
-            graphs[name] = InterpretedGraph(directory, name, bundle, weights, arithmetic)
+            graphs[name] = InterpretedGraph(directory, name, bundle, weights, arithmetic, noise)
         return graphs[name].run(inputs, rows)
 
     return observe(pack, case, run, lambda name: ports(bundle, name))

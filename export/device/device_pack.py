@@ -99,7 +99,7 @@ def write_pack(path: Path, index: dict, arrays: dict[str, np.ndarray]) -> Pack:
     """
     index = {"format": FORMAT, "version": VERSION, **index}
     index["digest"] = content_digest(index, arrays)
-    text = json.dumps(index, sort_keys=True, allow_nan=False).encode()
+    text = json.dumps(index, allow_nan=False).encode()  # in its order: limits along the network
     out = io.BytesIO()
     # numpy gives every member the same date, so equal content gives equal bytes.
     members: dict[str, Any] = {
