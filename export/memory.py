@@ -1,4 +1,4 @@
-"""What a bundle needs on a device: weights and the largest caches once, and the largest set of tensors of a graph at once.
+"""What a bundle needs on a device: weights once, the graphs' caches, and the largest set of tensors of a graph at once.
 
 Before an export that is found by tracing. A formula would have to be trusted, and would follow no change of the kernels;
 tracing the largest graph of each kind takes ten seconds for 27 layers. But layers run one after the other, and those of a

@@ -209,10 +209,19 @@ class BundlePlan:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the cache of a batch of the largest context."""
+        """Of the caches that generating takes when all contexts were used.
+
+        Graphs that run kernel by kernel have each its own (see ``modeling.batch_cache``); others share one of the largest
+        context.
+        """
+        if self.target.runtime == KBK:
+            slots = sum(g.context or 0 for g in self.graphs if g.kind in (PREFILL, DECODE) and not g.taps)
+        else:
+            slots = self.contexts[-1]
         text = self.config.text
-        row = text.num_hidden_layers * self.contexts[-1] * text.latent_dim
-        return self.batch * row * DTYPES[self.target.dtype].itemsize
+        return (
+            self.batch * slots * text.num_hidden_layers * text.latent_dim * DTYPES[self.target.dtype].itemsize
+        )
 
     def families(self) -> Iterator[tuple[list[GraphPlan], dict[str, GraphPlan]]]:
         """Graphs of one kind that differ in length alone, ascending, and by name those that follow by leaving taps out."""

@@ -114,6 +114,16 @@ def test_the_first_layers_need_what_the_whole_network_needs(target, tmp_path):
     assert memory.estimate(plan).live == max(whole.values())
 
 
+def test_every_graph_for_a_device_has_a_cache_of_its_own():
+    weights = open_converted(bundles.converted(BF16))
+    slot = weights.config.text.num_hidden_layers * weights.config.text.latent_dim
+    sizes = {"seq": (512,), "prefill_chunk": 256, "batch": 2, "taps": True}
+    graphs = 2 * (256 + 512)  # prefill and decode; those for verification are not kept
+    assert plan_export(weights, target="ascend", **sizes).cache_bytes == 2 * graphs * slot * 2
+    assert plan_export(weights, target="lite", **sizes).cache_bytes == 2 * 512 * slot * 2
+    assert plan_export(weights, target="cpu", **sizes).cache_bytes == 2 * 512 * slot * 4
+
+
 def test_the_manifest_says_what_each_graph_needs():
     graphs = Bundle.load(bundles.bundle(BF16)).graphs
     config = open_converted(bundles.converted(BF16)).config.text
