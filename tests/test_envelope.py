@@ -22,7 +22,7 @@ from kimi_vl.verify.candidates import ModelCandidate, inspect
 from kimi_vl.verify.cases import SeededSource, select, suite
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.interpreted import InterpretedModel
-from kimi_vl.verify.judge import judge
+from kimi_vl.verify.judge import judge, load_profile
 from kimi_vl.verify.mindir import Interpreter, InterpreterError, Noise
 from kimi_vl.verify.mindir.values import Value
 from kimi_vl.verify.oracle import build_oracle
@@ -33,9 +33,9 @@ NAMES = ("image", "steps")
 
 
 def measured(seeds=4):
-    found = inspect(bundle(), arithmetic="rounded")
+    found = inspect(bundle("ascend"), arithmetic="rounded")
     plans = select(suite(found.config, found.limits), NAMES)
-    return E.measure(bundle(), plans, SeededSource(found.config), seeds, inputs_seed=1)
+    return E.measure(bundle("ascend"), plans, SeededSource(found.config), seeds, inputs_seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_limits_are_the_largest_of_all_seeds_and_cases_with_the_margin(envelope)
 
 def judged(envelope, spoil=None):
     """A run of noise that the envelope has not seen, against Torch in fp32, judged by the envelope."""
-    found = inspect(bundle(), arithmetic="rounded")
-    model = InterpretedModel.from_bundle(bundle(), arithmetic="rounded", noise=Noise(1000))
+    found = inspect(bundle("ascend"), arithmetic="rounded")
+    model = InterpretedModel.from_bundle(bundle("ascend"), arithmetic="rounded", noise=Noise(1000))
     if spoil:
         array = model.weights.array
         model.weights.array = lambda name: spoil(name, array(name))
@@ -120,7 +120,7 @@ def test_a_wrong_weight_is_not(envelope):
 
 
 def test_the_command_publishes_it_in_the_bundle(tmp_path):
-    mine = shutil.copytree(bundle(), tmp_path / "mindir")
+    mine = shutil.copytree(bundle("ascend"), tmp_path / "mindir")
     arguments = ["envelope", "--candidate", str(mine), "--seeds", "2", "--cases", "text"]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
@@ -141,9 +141,9 @@ def test_an_envelope_that_is_damaged_or_of_another_bundle_is_refused(envelope, t
     with pytest.raises(E.EnvelopeError, match="cannot be read"):
         E.load(path)
     E.save(envelope, path)
-    assert E.limits(E.load(path)) == E.limits(envelope)
+    assert E.limits(E.load(path)) == E.limits(envelope) == load_profile(str(path))
     with pytest.raises(E.EnvelopeError, match="is of another bundle"):
-        E.load(path, Bundle.load(bundle("plain", "fused")))
+        E.load(path, Bundle.load(bundle("ascend", attention="plain")))
     whole = json.loads(path.read_text())
     whole["figures"]["image"]["logits"]["kl"][0] *= 2
     for change, says in ((whole, "digest"), (whole | {"version": 9}, "version 9"), ({}, "is no envelope")):

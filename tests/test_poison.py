@@ -81,8 +81,8 @@ def fill(cache, rng, width=HUGE):
             buffer[:] = rng.choice([-1, 1], buffer.shape) * width
 
 
-def model(batch=1, poisoned=False, attention="fused", experts="fused"):
-    made = InterpretedModel.from_bundle(bundle(attention, experts, batch))
+def model(poisoned=False, target="ascend", **changed):
+    made = InterpretedModel.from_bundle(bundle(target, **changed))
     if poisoned:
         made.engine.graphs = Poisoned(made.engine.graphs, made.engine.config.pad_token_id)
         new, rng = made.engine.new_cache, np.random.default_rng(3)
@@ -107,15 +107,21 @@ def everything(made, case, steps=4):
 
 
 @pytest.mark.parametrize(
-    ("case", "batch", "attention", "experts"),
-    [("image", 1, "fused", "fused"), ("batch", 2, "fused", "fused"), ("image", 1, "plain", "fused")],
+    ("case", "target", "changed"),
+    [
+        ("image", "ascend", {}),
+        ("batch", "ascend", {"batch": 2}),
+        ("image", "ascend", {"attention": "plain"}),
+        ("image", "lite", {}),
+    ],
 )
-def test_garbage_where_nothing_reads_changes_no_bit(case, batch, attention, experts, rows_alone):
+def test_garbage_where_nothing_reads_changes_no_bit(case, target, changed, rows_alone):
     golden = load_case(BF16, case)
-    clean = everything(model(batch, False, attention, experts), golden)
-    dirty_model = model(batch, True, attention, experts)
+    clean = everything(model(False, target, **changed), golden)
+    dirty_model = model(True, target, **changed)
     dirty = everything(dirty_model, golden)
-    assert all(n > 0 for what, n in dirty_model.engine.graphs.poisoned.items() if what != "rows" or batch > 1)
+    poisoned = dirty_model.engine.graphs.poisoned
+    assert all(n > 0 for what, n in poisoned.items() if what != "rows" or "batch" in changed)
     mask = golden["attention_mask"].astype(bool)
     for name, want in clean.items():
         got = dirty[name]
@@ -154,7 +160,7 @@ def chat(made, case, cache=None):
 @pytest.mark.parametrize(("first", "second", "batch"), [("image", "text", 1), ("batch", "batch", 2)])
 @pytest.mark.parametrize("arithmetic", ["lifted", "rounded"])
 def test_a_chat_in_the_cache_of_an_earlier_one_is_as_in_a_fresh_one(first, second, batch, arithmetic):
-    made = InterpretedModel.from_bundle(bundle(batch=batch), arithmetic=arithmetic)
+    made = InterpretedModel.from_bundle(bundle("ascend", batch=batch), arithmetic=arithmetic)
     _, cache = chat(made, load_case(BF16, first))
     cache.crop(0)
     case = load_case(BF16, second)

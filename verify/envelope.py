@@ -18,6 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,8 @@ def identity(bundle: Bundle) -> dict[str, Any]:
 
 
 def save(envelope: dict[str, Any], path: Path) -> None:
-    """Writes it with a digest of its content; the file appears whole or not at all."""
-    content = {"format": FORMAT, "version": VERSION} | envelope
+    """Writes it, with a digest of its content, as a profile for ``judge`` too; the file appears whole or not at all."""
+    content = {"format": FORMAT, "version": VERSION} | asdict(limits(envelope)) | envelope
     content["sha256"] = _digest(content)
     temporary = path.with_suffix(".json.part")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

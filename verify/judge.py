@@ -14,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,7 +172,8 @@ def load_profile(name: str) -> Profile:
         for gate in profile.gates:
             if isinstance(gate.at_most, bool) or not isinstance(gate.at_most, int | float):
                 raise TypeError(f"at_most is {gate.at_most!r}, expected a number")
-            if not any(fnmatch.fnmatch(tap, gate.taps) for tap in TAPS):
+            any_layer = re.sub(r"\.\d+$", ".*", gate.taps)
+            if not any(fnmatch.fnmatch(tap, any_layer) for tap in TAPS):
                 raise TypeError(f"no tap matches {gate.taps!r}; taps are {', '.join(TAPS)}")
             if gate.suite and not gate.times_own:
                 raise TypeError(f"the gate on {gate.taps} is on the suite, so it needs times_own")
