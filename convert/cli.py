@@ -334,6 +334,8 @@ def _errors() -> Iterator[None]:
         _fail(str(e), BAD_INPUT)
     except (EnvironmentProblem, MemoryError) as e:
         _fail(str(e) or "out of memory", ENVIRONMENT)
+    except BrokenPipeError:  # nobody reads on: click ends quietly
+        raise
     except OSError as e:
         _fail(
             f"{e.filename or 'disk'}: {e.strerror or e}; run the same command again to go on where it was",

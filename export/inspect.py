@@ -99,6 +99,8 @@ def cli(path: Path, graph: str | None, as_json: bool, svg: Path | None, layer: i
         _fail(str(e), BAD_INPUT)
     except EnvironmentProblem as e:
         _fail(str(e), ENVIRONMENT)
+    except BrokenPipeError:  # nobody reads on: click ends quietly
+        raise
     except OSError as e:
         _fail(f"{e.filename or 'disk'}: {e.strerror or e}", ENVIRONMENT)
 

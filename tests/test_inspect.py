@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -198,3 +200,11 @@ def test_a_picture_has_every_operator_and_parameter_of_its_layer(graph, tmp_path
         if re.search(r"(layers|blocks)\.1\.|^cache\.1\.", p)
     }
     assert texts[0] == f"{graph}, layer 1" and any(re.fullmatch(r"fp32 \d+(×\d+)+", t) for t in texts)
+
+
+def test_whoever_stops_reading_hears_nothing():
+    command = [sys.executable, "-m", "kimi_vl.export.inspect", str(bundles.bundle(BF16))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -375,6 +375,8 @@ def errors() -> Iterator[None]:
         _fail(INTERRUPTED, "interrupted; no report was written")
     except MemoryError:
         _fail(ENVIRONMENT, "not enough memory for the reference and the candidate; close other programs")
+    except BrokenPipeError:  # nobody reads on: click ends quietly
+        raise
     except OSError as e:
         _fail(ENVIRONMENT, f"{e.filename or 'file'}: {e.strerror or e}")
 
