@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bundles
 import packs
 import pytest
 
+from kimi_vl.export import export, plan_export
 from kimi_vl.export.device import device_report, scripts
+from kimi_vl.export.plan import open_converted
 
 
 def climb(bundle: Path, report: Path, *arguments: object, **environment: str) -> tuple[int, str, dict]:
@@ -62,6 +65,18 @@ def test_a_bundle_for_this_machine_holds_from_the_ground_to_decoding(tmp_path):
     assert (
         "| decode | passed | 1 of 1 |" in page and "in place, before it is read | cache | not run |" in page
     )
+
+
+def test_a_chunk_may_fill_the_smallest_context(tmp_path):
+    weights = open_converted(bundles.converted("tiny8-bf16"))
+    sizes = {"seq": (32, 64), "prefill_chunk": 32, "image_patches": (64,), "batch": 2}
+    export(plan_export(weights, target="cpu", **sizes), tmp_path / "b")
+    status, said, found = climb(tmp_path / "b", tmp_path / "r.json", "--rungs", "cache")
+    assert status == 0, said
+    assert [item["item"] for item in found["cache"]["items"]][:2] == [
+        "in place, prefill-32x32",
+        "in place, decode-32",
+    ]
 
 
 def test_what_this_machine_has_no_kernels_for_fails_in_a_sentence_and_alone(tmp_path):

@@ -89,9 +89,10 @@ def graphs(context: Context) -> Items:
         out = graph(zeros(graph.record))
         seconds = time.perf_counter() - started
         finite = all(np.isfinite(o).all() for o in out)
-        says = (
-            f"first run {seconds:.1f} s, {loaded['host']} MB on the host, {loaded['device']} MB on the device"
-        )
+        held = [
+            f"{loaded[where]} MB on the {where}" for where in ("host", "device") if loaded[where] is not None
+        ]
+        says = ", ".join([f"first run {seconds:.1f} s", *held])
         return {
             "ok": finite,
             "says": says if finite else "gives NaN or infinity for zeros",
