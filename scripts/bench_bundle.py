@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sessions: dict[int, list[Session]] = {n: [] for n in numbers}
     for turn in range(args.rounds):
         for n in numbers:
-            with context.Pool(1) as pool:
-                sessions[n].append(pool.apply(session, (args.bundle, n, args.steps)))
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                sessions[n].append(pool.submit(session, args.bundle, n, args.steps).result())
             step = statistics.median(sessions[n][-1].steps)
             print(
                 f"{turn + 1}/{args.rounds} {len(sessions[n][-1].opened)} open: {step:.3f} s", file=sys.stderr

@@ -64,7 +64,7 @@ def test_exports_take_turns_and_leave_nothing(tmp_path, capsys):
     weights = sum(f.stat().st_size for f in ckpt.glob("*.safetensors")) / 1e9
     disk = {row.split("|")[1].strip(): float(row.split("|")[-2]) for row in rows if "`" in row}
     assert disk["`ms.export`, all of these one after the other"] > 2 * weights
-    assert 0 < disk["`export-mindir`, the same graphs"] < weights
+    assert disk["`export-mindir`, the same graphs"] < weights / 2
     assert list(tmp_path.iterdir()) == []
 
 
