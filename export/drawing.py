@@ -27,7 +27,7 @@ COLOURS = {
 KINDS = {
     "products": ("MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense", "GroupedMatmul", "GroupedMatmulV4"),
     "attention": ("FlashAttentionScore", "FusedInferAttentionScore", "PromptFlashAttention"),
-    "norms, activations": ("GeLU", "LayerNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu"),
+    "norms, activations": ("GeLU", "LayerNorm", "AddRmsNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu"),
     "cache": ("KVCacheScatterUpdate", "ScatterUpdate"),
     "experts, routing": ("InnerMoeTokenUnpermute", "MoeInitRoutingV2", "TopK", "TopkExt"),
 }  # fmt: skip
