@@ -27,3 +27,12 @@ def own_memory_of_what_was_checked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verified, "directory", lambda: path)
         yield
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """A dry run traces no graph to find the memory that a device needs, which takes seconds; the figures are made up."""
+    from kimi_vl.export.memory import DeviceMemory
+
+    made_up = DeviceMemory(weights=1, caches=1, live=1, graph="decode")
+    monkeypatch.setattr("kimi_vl.export.cli.estimate", lambda plan: made_up)

@@ -402,7 +402,7 @@ def test_products_are_for_targets_that_are_devices(plans):
         plan_export(weights, **SMALL, products=("a2", "950"))
 
 
-def test_the_command_shows_what_it_would_write(room, plans):
+def test_the_command_shows_what_it_would_write(room, plans, untraced):
     result = CliRunner().invoke(
         cli, ["--src", str(room / "wide"), "--target", "ascend", "--attention", "plain", "--dry-run"]
     )

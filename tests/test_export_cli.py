@@ -86,6 +86,9 @@ def test_a_dry_run_shows_graphs_files_and_memory(tmp_path):
         "the largest vision graph takes 64 patches (16 tokens)",
     ):
         assert text in out
+
+
+def test_a_dry_run_gives_json(untraced):
     status, out, err = run("--src", bundles.converted("tiny8-bf16"), *ARGUMENTS, "--dry-run", "--json")
     shown = json.loads(out)
     assert status == 0 and "(widened from bfloat16)" in err
@@ -94,13 +97,13 @@ def test_a_dry_run_shows_graphs_files_and_memory(tmp_path):
     assert shown["graphs"]["decode-256"]["caches"]["cache.0.1"]["shape"] == [256, config.latent_dim]
 
 
-def test_the_default_context_is_4096_or_what_the_model_has():
+def test_the_default_context_is_4096_or_what_the_model_has(untraced):
     positions = ModelConfig.from_file(DATA / FP32).text.max_position_embeddings
     _, out, _ = run("--src", bundles.converted(FP32), "--target", "cpu", "--dry-run", "--json")
     assert json.loads(out)["contexts"][-1] == min(4096, positions)
 
 
-def test_the_default_target_is_ascend_and_takes_no_fp32():
+def test_the_default_target_is_ascend_and_takes_no_fp32(untraced):
     status, out, _ = run("--src", bundles.converted("tiny8-bf16"), "--seq", "256", "--dry-run")
     assert status == 0 and "target: ascend" in out and "computing in bfloat16" in out
     status, _, err = run("--src", bundles.converted(FP32), "--seq", "256", "--dry-run")

@@ -138,7 +138,7 @@ def test_mindspore_reads_the_graphs_back(bundle, graph):
     assert held == mindir.parameters(mindir.read(file))
 
 
-def test_the_command_names_what_lite_has(bundle):
+def test_the_command_names_what_lite_has(bundle, untraced):
     arguments = ["--src", str(bundles.converted(BF16)), "--seq", "256", "--target", "lite", "--dry-run"]
     shown = CliRunner().invoke(cli, arguments)
     assert shown.exit_code == 0 and "lite.ini, run_lite.py" in shown.output

@@ -103,7 +103,7 @@ def test_neither_parameters_nor_writes_into_them_are_counted():
 @pytest.mark.parametrize("target", ["cpu", "ascend"])
 def test_the_first_layers_need_what_the_whole_network_needs(target, tmp_path):
     raw = json.loads((DATA / BF16 / "config.json").read_text())
-    raw["text_config"]["num_hidden_layers"] = raw["vision_config"]["num_hidden_layers"] = 5
+    raw["text_config"]["num_hidden_layers"] = raw["vision_config"]["num_hidden_layers"] = 4
     weights = open_converted(sparse.converted(tmp_path / "ckpt", raw))
     plan = plan_export(weights, seq=(256,), prefill_chunk=32, image_patches=(256,), target=target)
     short = plan.shortened().config
@@ -132,16 +132,22 @@ def test_the_manifest_says_what_each_graph_needs():
     assert graphs["prefill-logits-64x256-taps"].live_bytes > graphs["prefill-logits-64x256"].live_bytes
 
 
-def test_a_device_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
-    plan = plan_export(open_converted(bundles.converted(BF16)), target="cpu", seq=(256,))
+def test_a_device_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    sizes = {"seq": (128,), "prefill_chunk": 64, "image_patches": (64,)}
+    plan = plan_export(open_converted(bundles.converted(BF16)), target="cpu", **sizes)
     needed = memory.estimate(plan)
+    monkeypatch.setattr("kimi_vl.export.cli.estimate", lambda same: needed)  # traced once
     arguments = [
         "--src",
         str(bundles.converted(BF16)),
         "--target",
         "cpu",
         "--seq",
-        "256",
+        "128",
+        "--prefill-chunk",
+        "64",
+        "--image-patches",
+        "64",
         "--dst",
         str(tmp_path / "x"),
     ]
