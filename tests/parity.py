@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
+from golden import DATA
+from jsonschema import Draft202012Validator
 
 from kimi_vl.verify.cases import Limits, SeededSource, select, suite
-from kimi_vl.verify.oracle import Oracle
+from kimi_vl.verify.oracle import Oracle, build_oracle
 from kimi_vl.verify.runner import run_suite
 
+REPORT = {"run.json", "verdict.json", "junit.xml", "report.md", "report.html"}
 LIMITS = Limits(contexts=(128, 256), chunk=64, patches=256)
 
 
@@ -56,10 +63,47 @@ def run(oracle: Oracle, candidate, names=()):
     """A whole run, its provenance made up."""
     plans = select(suite(oracle.config, candidate.limits), names)
     made = run_suite(oracle, candidate, plans, SeededSource(oracle.config), seed=1)
-    made["header"] |= {"date": "2025-01-01", "took_seconds": 1.0, "machine": "a machine"}
+    made["header"] |= {"date": "2025-01-01 12:00:00 +0000", "took_seconds": 1.0, "machine": "a machine"}
     file = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
     made["candidate"]["files"] = file
     made["reference"] = {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": file}
     made["reference"] |= {"dtype": "float32", "stored": "float32"}
     made["environment"] = {"python": "3", "kimi-vl": "0", "mindspore": None}
     return made
+
+
+@functools.cache
+def oracle() -> Oracle:
+    return build_oracle(DATA / "tiny8-bf16")
+
+
+def spoil(taps, inputs, calls):
+    taps["hidden_states"][2] *= np.float32(1.01)
+    taps["logits"] *= np.float32(1.02)
+
+
+@functools.cache
+def good():
+    """Three cases that pass; not to be changed."""
+    return run(oracle(), OracleCandidate(oracle()), ("text", "image", "steps"))
+
+
+@functools.cache
+def bad():
+    """The same, spoilt from decoder layer 2 on; not to be changed."""
+    return run(oracle(), OracleCandidate(oracle(), spoil), ("text", "image", "steps"))
+
+
+@functools.cache
+def schema() -> Draft202012Validator:
+    """The published schema of run.json."""
+    text = (resources.files("kimi_vl.verify") / "schema" / "run.schema.json").read_text(encoding="utf-8")
+    Draft202012Validator.check_schema(json.loads(text))
+    return Draft202012Validator(json.loads(text))
+
+
+def valid(path: Path) -> dict:
+    """A saved run, after it was held against the schema."""
+    saved = json.loads(path.read_text())
+    schema().validate(saved)
+    return saved
