@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from xml.etree import ElementTree
 
 import packs
+import parity
 import pytest
 from click.testing import CliRunner
 from golden import DATA
@@ -47,13 +49,16 @@ def test_a_device_that_computes_right_is_the_last_stage_that_ran(verify, tmp_pat
     assert "Ascend device: Ascend910B, MindSpore 2.10.0, report" in result.stdout
     assert verdict["stages"][-1]["ran"]
     run = tmp_path / "out" / "run.json"
-    kept = json.loads(run.read_text())["device"]
+    kept = parity.valid(run)["device"]
     assert kept["pack"] == packs.pack("ascend").digest and [c["name"] for c in kept["cases"]] == [
         "image",
         "pieces",
     ]
     assert all(case["missing"] == [] for case in kept["cases"])
     assert "<h2>Device report</h2>" in (tmp_path / "out" / "report.html").read_text()
+    junit = ElementTree.parse(tmp_path / "out" / "junit.xml")
+    assert junit.find(".//testsuite[@name='image on the device']/testcase") is not None
+    assert junit.find(".//testcase[@name='Ascend device']/skipped") is None
     assert CliRunner().invoke(cli, ["judge", str(run)]).exit_code == 0
 
 

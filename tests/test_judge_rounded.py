@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import parity
 import pytest
 import torch
 from golden import DATA
@@ -14,8 +15,9 @@ from kimi_vl.verify.cases import SeededSource, select, suite
 from kimi_vl.verify.judge import SUITE, ProfileError, judge, load_profile
 from kimi_vl.verify.metrics import settled_places
 from kimi_vl.verify.oracle import build_oracle
-from kimi_vl.verify.report import finding_text, render_html
-from kimi_vl.verify.runner import run_suite
+from kimi_vl.verify.report import render_html
+from kimi_vl.verify.runner import run_suite, save_run
+from kimi_vl.verify.summary import finding_text
 
 BF16 = load_profile("bf16")
 NAMES = ("text", "image")
@@ -50,7 +52,7 @@ def run(oracles, times):
     source = SeededSource(oracles[0].config)
     made = run_suite(oracles[0], Rounded(oracles, times), plans, source, seed=1, rounded=oracles[1])
     file = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
-    made["header"] |= {"date": "2025-01-01", "took_seconds": 1.0, "machine": "a machine"}
+    made["header"] |= {"date": "2025-01-01 12:00:00 +0000", "took_seconds": 1.0, "machine": "a machine"}
     made["candidate"]["files"] = file
     made["reference"] = {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": file}
     made["reference"] |= {"dtype": "float32", "stored": "float32"}
@@ -63,7 +65,9 @@ def clean(oracles):
     return run(oracles, 1)
 
 
-def test_the_references_own_rounding_passes_and_is_in_the_run(clean):
+def test_the_references_own_rounding_passes_and_is_in_the_run(clean, tmp_path):
+    save_run(clean, tmp_path / "run.json")
+    parity.valid(tmp_path / "run.json")
     verdict = judge(clean, BF16)
     assert verdict.passed and {f.case for f in verdict.findings} == {*NAMES, SUITE}
     for case in clean["cases"]:

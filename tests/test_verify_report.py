@@ -8,36 +8,31 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import parity
 import pytest
-from golden import DATA
 from parity import OracleCandidate, run
 
 from kimi_vl.verify.judge import judge, load_profile
-from kimi_vl.verify.oracle import build_oracle
-from kimi_vl.verify.report import number, percent, render_html, sentence, terminal_table, write_report
+from kimi_vl.verify.report import render_html, terminal_table, write_report
 from kimi_vl.verify.runner import load_run, stages
+from kimi_vl.verify.summary import number, percent, sentence
 
 STRICT = load_profile("strict")
 
 
-def spoil(taps, inputs, calls):
-    taps["hidden_states"][2] *= np.float32(1.01)
-    taps["logits"] *= np.float32(1.02)
-
-
 @pytest.fixture(scope="module")
 def oracle():
-    return build_oracle(DATA / "tiny8-bf16")
+    return parity.oracle()
 
 
 @pytest.fixture(scope="module")
-def good(oracle):
-    return run(oracle, OracleCandidate(oracle), ("text", "image", "steps"))
+def good():
+    return parity.good()
 
 
 @pytest.fixture(scope="module")
-def bad(oracle):
-    return run(oracle, OracleCandidate(oracle, spoil), ("text", "image", "steps"))
+def bad():
+    return parity.bad()
 
 
 def page(made):
@@ -161,7 +156,7 @@ def test_a_bundle_and_a_device_have_their_own_stage(good):
 def test_the_report_directory_holds_the_run_the_verdict_and_the_page(bad, tmp_path):
     verdict = judge(bad, STRICT)
     path = write_report(tmp_path / "a" / "b", bad, verdict, STRICT)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "run.json", "verdict.json"]
+    assert {p.name for p in path.parent.iterdir()} == parity.REPORT
     saved = json.loads((path.parent / "verdict.json").read_text())
     assert saved["passed"] is False and saved["first_bad"]["tap"] == "layers.2"
     assert saved["worst"]["logits"]["value"] == pytest.approx(0.02, rel=1e-3)

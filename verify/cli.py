@@ -52,7 +52,9 @@ class MissingPackage(RuntimeError):
 )
 @click.option("--reference", metavar="SRC", help="Published directory, Hub repo id, or nano.")
 @click.option("--candidate", metavar="DIR", help="Converted directory or MindIR bundle.")
-@click.option("--report", metavar="DIR", help="Where run.json, verdict.json and report.html go.")
+@click.option(
+    "--report", metavar="DIR", help="Where run.json, verdict.json, junit.xml, report.md and report.html go."
+)
 @click.option(
     "--profile", help="Thresholds: a name, or a .json file.  [default: strict; bf16 with rounded arithmetic]"
 )

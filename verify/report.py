@@ -12,147 +12,33 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .judge import Finding, Profile, Verdict, describe_tap, network_order
-from .runner import save_run, stages
+from .judge import Profile, Verdict, describe_tap
+from .junit import render_junit
+from .markdown import render_markdown
+from .runner import save_run
+from .summary import (
+    CASE_HEAD,
+    METRIC_WORDS,
+    case_cells,
+    finding_text,
+    first_failures,
+    number,
+    percent,
+    sentence,
+    summary,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-# ---- what is shown --------------------------------------------------------------------------------------------------
-
-
-def summary(run: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """The figures of a report, once, for every form of it."""
-    cases = [_case_row(case, verdict) for case in run["cases"]]
-    return {
-        "verdict": verdict.to_dict(),
-        "cases": cases,
-        "stages": stages(run),
-        "routing": _routing_rows(run),
-        "worst": {
-            "layers": _worst(run, "layers."),
-            "logits": _worst(run, "logits"),
-            "kl": max((c["kl"] for c in cases if c["kl"] is not None), default=None),
-            "top1": _together(run, "logits", "top1_changed"),
-            "routing": _together(run, "router.", "flipped"),
-            "greedy": (sum(c["greedy_same"] for c in cases), sum(c["greedy_steps"] for c in cases)),
-        },
-    }
-
-
-def _case_row(case: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
-    taps = case["taps"]
-    layers = [(m["rel_l2"], int(tap[7:])) for tap, m in taps.items() if tap.startswith("layers.")]
-    finite = [x for x in layers if x[0] is not None]
-    logits, greedy = taps.get("logits", {}), taps.get("greedy")
-    failures = [f for f in verdict.of_case(case["name"]) if not f.ok]
-    routers = [m for tap, m in taps.items() if tap.startswith("router.")]
-    return {
-        "name": case["name"],
-        "what": case["what"],
-        "size": _size(case),
-        "pictures": ", ".join(f"{h} x {w}" for h, w in case["grids"]),
-        "calls": _calls(case["calls"]),
-        "projector": taps.get("projector_out", {}).get("rel_l2"),
-        "worst_layer": max(finite, default=None) if len(finite) == len(layers) else None,
-        "has_layers": bool(layers),
-        "logits": logits.get("rel_l2"),
-        "max_abs": logits.get("max_abs"),
-        "kl": logits.get("kl"),
-        "top1": logits.get("top1"),
-        "routing": min((m["agreement"] for m in routers if m["agreement"] is not None), default=None),
-        "greedy_same": sum(greedy["prefix"]) if greedy else 0,
-        "greedy_steps": greedy["rows"] * greedy["steps"] if greedy else 0,
-        "greedy": f"{min(greedy['prefix'])}/{greedy['steps']}" if greedy else None,
-        "ok": not failures,
-        "failures": failures,
-        "error": case["error"],
-    }
-
-
-def _size(case: dict[str, Any]) -> str:
-    tokens = case["tokens"]
-    return str(tokens[0]) if len(tokens) == 1 else ", ".join(map(str, tokens))
-
-
-def _calls(calls: list[int]) -> str:
-    """`28, then 16 x 1`."""
-    if len(calls) == 1:
-        return "one call"
-    first, rest = calls[0], calls[1:]
-    if len(set(rest)) == 1:
-        return f"{first}, then {len(rest)} x {rest[0]}"
-    return ", ".join(map(str, calls))
-
-
-def _metrics_of(run: dict[str, Any], stem: str) -> list[tuple[str, str, dict[str, Any]]]:
-    return [(c["name"], t, m) for c in run["cases"] for t, m in c["taps"].items() if t.startswith(stem)]
-
-
-def _worst(run: dict[str, Any], stem: str) -> dict[str, Any] | None:
-    found = [(m["rel_l2"], case, tap) for case, tap, m in _metrics_of(run, stem)]
-    if not found or any(value is None for value, _, _ in found):
-        return None
-    value, case, tap = max(found)
-    return {"value": value, "case": case, "where": describe_tap(tap)}
-
-
-def _together(run: dict[str, Any], stem: str, count: str) -> tuple[int, int] | None:
-    """(places that agree, places) over all cases."""
-    found = [m for _, _, m in _metrics_of(run, stem)]
-    if not found or any(m.get(count) is None for m in found):
-        return None
-    places = sum(m["places"] for m in found)
-    return places - sum(m[count] for m in found), places
-
-
-def _routing_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for layer in run["suite"]["experts"]:
-        found = [m for _, tap, m in _metrics_of(run, "router.") if tap == f"router.{layer['layer']}"]
-        gaps = [m["min_gap"] for m in found if m["min_gap"] is not None]
-        flips = sorted((f["gap"] for m in found for f in m["flips"]), reverse=True)
-        rows.append(
-            layer
-            | {
-                "places": sum(m["places"] for m in found),
-                "flipped": sum(m["flipped"] for m in found),
-                "ties": sum(m["ties"] for m in found),
-                "min_gap": min(gaps, default=None),
-                "max_flip": flips[0] if flips else None,
-            }
-        )
-    return rows
 
 
 # ---- terminal and JSON ----------------------------------------------------------------------------------------------
 
 
-def number(value: float | None) -> str:
-    """`2.1e-07`, `0`, or a dash where there is none."""
-    if value is None:
-        return "-"
-    return "0" if value == 0 else f"{value:.1e}"
-
-
-def percent(value: float | None) -> str:
-    """Rounded down, so that 100% means all."""
-    return "-" if value is None else f"{math.floor(value * 1000) / 10:g}%"
-
-
 def terminal_table(run: dict[str, Any], verdict: Verdict) -> str:
     """The cases, what failed, what did not run, and the verdict, as text."""
     shown = summary(run, verdict)
-    head = ("case", "tokens", "worst layer", "logits", "max abs", "KL", "top-1", "experts", "greedy", "")
-    rows = [head]
-    for c in shown["cases"]:
-        worst = f"{number(c['worst_layer'][0])} ({c['worst_layer'][1]})" if c["worst_layer"] else "-"
-        figures = (number(c["logits"]), number(c["max_abs"]), number(c["kl"]), percent(c["top1"]))
-        rows.append(
-            (c["name"], c["size"], worst, *figures, percent(c["routing"]), c["greedy"] or "-")
-            + ("ok" if c["ok"] else "FAILED",)
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    rows = [CASE_HEAD, *map(case_cells, shown["cases"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(CASE_HEAD))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     lines += ["", "worst layer, logits: relative L2 distance to the Torch reference, fp32; (n) is the layer"]
@@ -170,63 +56,19 @@ def verdict_json(run: dict[str, Any], verdict: Verdict) -> str:
     return json.dumps(whole, indent=1, allow_nan=False)
 
 
-def sentence(verdict: Verdict) -> str:
-    """The verdict in one line; a failure names the first bad place of the network."""
-    bad = verdict.first_bad
-    if bad is None:
-        return f"PASSED: all {len(verdict.findings)} checks of profile {verdict.profile} hold"
-    more = len(verdict.failures) - 1
-    return f"FAILED: first bad is {bad.where} in case {bad.case}: {finding_text(bad)}" + (
-        f"; {more} more checks failed" if more else ""
-    )
-
-
-METRIC_WORDS = {
-    "rel_l2": "relative L2 distance",
-    "nmse": "error energy",
-    "nmse_settled": "error energy where the experts are the same",
-    "max_abs": "largest difference",
-    "max_scaled": "largest difference over largest logit",
-    "kl": "mean KL (nats)",
-    "kl_max": "largest KL (nats)",
-    "flipped": "other choices of experts",
-    "top1_changed": "other best tokens",
-    "wrong": "other choices of experts",
-    "top1_changes": "other best tokens",
-    "divergences": "rows that leave the reference",
-    "excluded_share": "share of tokens not comparable",
-    "norm": "largest relative difference of a norm",
-    "changed": "other best tokens",
-    "left": "rows that leave the reference",
-}
-
-
-def finding_text(finding: Finding) -> str:
-    """`relative L2 distance 3.1e-03, allowed 1.0e-05`."""
-    if finding.metric in ("raised", "nonfinite", "missing", "cases"):
-        return finding.says
-    value = number(finding.value) if isinstance(finding.value, float) else str(finding.value)
-    limit = number(finding.limit) if isinstance(finding.limit, float) else str(finding.limit)
-    text = f"{METRIC_WORDS.get(finding.metric, finding.metric)} {value}, allowed {limit}"
-    return f"{text} ({finding.says})" if finding.says else text
-
-
-def first_failures(verdict: Verdict, cases: list[dict[str, Any]]) -> list[tuple[Finding, int]]:
-    """Per failed case the failure that lies first in the network, and how many more there are."""
-    of_cases = [c["failures"] for c in cases if c["failures"]]
-    found = [(min(fs, key=lambda f: network_order(f.tap)), len(fs) - 1) for fs in of_cases]
-    known = {id(f) for fs in of_cases for f in fs}
-    return [(f, 0) for f in verdict.failures if id(f) not in known] + found
-
-
 def write_report(directory: Path, run: dict[str, Any], verdict: Verdict, profile: Profile) -> Path:
-    """`run.json`, `verdict.json` and `report.html` in `directory`; returns the path of the page."""
+    """The run, and its verdict in each form, in `directory`; returns the path of the page."""
     directory.mkdir(parents=True, exist_ok=True)
     save_run(run, directory / "run.json")
-    (directory / "verdict.json").write_text(verdict_json(run, verdict) + "\n", encoding="utf-8")
-    page = directory / "report.html"
-    page.write_text(render_html(run, verdict, profile), encoding="utf-8")
-    return page
+    forms = {
+        "verdict.json": verdict_json(run, verdict) + "\n",
+        "junit.xml": render_junit(run, verdict),
+        "report.md": render_markdown(run, verdict),
+        "report.html": render_html(run, verdict, profile),
+    }
+    for name, text in forms.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return directory / "report.html"
 
 
 # ---- HTML -----------------------------------------------------------------------------------------------------------
