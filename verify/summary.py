@@ -137,15 +137,12 @@ def case_cells(case: dict[str, Any]) -> tuple[str, ...]:
     """A row under :data:`CASE_HEAD`, of a case of :func:`summary`."""
     worst = f"{number(case['worst_layer'][0])} ({case['worst_layer'][1]})" if case["worst_layer"] else "-"
     return (
-        *(
-            case["name"],
-            case["size"],
-            worst,
-            number(case["logits"]),
-            number(case["max_abs"]),
-            number(case["kl"]),
-        ),
-        *(percent(case["top1"]), percent(case["routing"]), case["greedy"] or "-"),
+        case["name"],
+        case["size"],
+        worst,
+        *map(number, (case["logits"], case["max_abs"], case["kl"])),
+        *map(percent, (case["top1"], case["routing"])),
+        case["greedy"] or "-",
         "ok" if case["ok"] else "FAILED",
     )
 
