@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ def _load() -> Any:
     path = Path(package.origin).parent / "train/mind_ir_pb2.py"
     spec = importlib.util.spec_from_file_location("mind_ir_pb2", path)
     assert spec and spec.loader, "a file that ends in .py has both"
+    if "_descriptor.FileDescriptor(" in path.read_text(encoding="utf-8"):
+        # MindSpore 2.7: made by a compiler of before protobuf 3.20, which later ones take in pure Python alone. MindSpore
+        # sets the same when it is imported.
+        os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
