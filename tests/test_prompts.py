@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from published import DATA, published_directory
+from published import DATA, PREPROCESSOR, published_directory, write_json
 
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.modeling.processing import KimiVLProcessor
 from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, suite
 from kimi_vl.verify.prompts import ProcessorSource, draw, has_processor
+from kimi_vl.verify.runner import inputs_hash
 
 LIMITS = Limits(contexts=(256, 512, 1024), chunk=128, patches=256)
 NAMES = [plan.name for plan in suite(ModelConfig.from_file(DATA / "tiny8-bf16"), LIMITS)]
@@ -69,6 +70,14 @@ def test_prompts_are_always_the_same_for_a_seed(source, plans):
     a, b, other = (build(plans["batch"], source, seed) for seed in (1, 1, 2))
     assert a.prompts == b.prompts and all(np.array_equal(a.inputs[k], b.inputs[k]) for k in a.inputs)
     assert not np.array_equal(a.inputs["pixel_values"], other.inputs["pixel_values"])
+
+
+def test_pictures_are_those_of_the_plan_where_the_processor_would_scale_them(source, plans, tmp_path):
+    """As that of a bundle with small vision graphs does."""
+    published_directory(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", PREPROCESSOR | {"in_token_limit": 21})
+    case, same = (build(plans["image"], s) for s in (ProcessorSource(tmp_path, source.config), source))
+    assert inputs_hash(case) == inputs_hash(same)
 
 
 def test_a_prompt_that_cannot_hold_its_pictures_is_refused(source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class ProcessorSource:
         from ..modeling.processing import KimiVLProcessor
 
         self.processor: Any = KimiVLProcessor.from_pretrained(directory)
+        # A bundle's processor leaves room for padding; plans hold the exact sizes of pictures against the graphs.
+        self.processor.image_processor.in_token_limit = sys.maxsize
         self.config = config
 
     def inputs(
