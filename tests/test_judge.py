@@ -138,6 +138,15 @@ def test_nonfinite_fails_whatever_the_profile_says(oracle, key, bad, tmp_path):
     json.dumps(made, allow_nan=False)
 
 
+def test_a_nonfinite_difference_of_the_graphs_with_taps_fails(oracle):
+    made = run(
+        oracle, OracleCandidate(oracle, on("tapped_logits_differ", lambda a: a.fill(np.nan))), ("text",)
+    )
+    (bad,) = judge(made, STRICT).failures
+    assert (bad.tap, bad.says) == ("tapped_logits", "NaN or infinity at 1 places")
+    json.dumps(made, allow_nan=False)
+
+
 def test_a_candidate_that_raises_fails_the_case(oracle):
     def spoil(taps, inputs, calls):
         if len(calls) > 1:
@@ -294,6 +303,25 @@ def test_what_follows_from_a_routing_tie_is_noted_not_judged(oracle):
 
     made = run(Tied(oracle.network, oracle.config), OracleCandidate(oracle, worse), ("text",))
     assert judge(made, STRICT).first_bad.tap == "layers.1"
+
+
+@pytest.mark.parametrize(
+    ("tap", "key", "place"), [("layers.2", "hidden_states", (2, 0, 22, 5)), ("logits", "logits", (0, 22, 5))]
+)
+def test_a_nonfinite_value_behind_a_routing_tie_fails(oracle, tap, key, place):
+    class Tied(type(oracle)):
+        def run(self, inputs):
+            taps = super().run(inputs)
+            taps["router_gap"][0, 0, 20] = 0
+            return taps
+
+    def spoil(taps, inputs, calls):
+        taps["router_topk_indices"][0, 0, 20] = [-3, -2]
+        taps[key][place] = np.inf
+
+    made = run(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
+    (bad,) = judge(made, STRICT).failures
+    assert (bad.tap, bad.says) == (tap, "NaN or infinity at 1 places, first at [0, 22, 5]")
 
 
 def test_too_much_behind_a_tie_is_no_proof(oracle):

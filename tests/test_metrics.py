@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,10 +37,39 @@ def test_distances_are_those_of_the_formulas():
     assert m["places"] == where.sum()
     assert m["rel_l2"] == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-12)
     assert m["nmse"] == pytest.approx(m["rel_l2"] ** 2, rel=1e-12)
-    assert m["cosine"] == pytest.approx((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-12)
+    cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+    assert m["cosine_distance"] == pytest.approx(1 - cosine, rel=1e-9)
     assert m["max_abs"] == np.abs(a - b).max()
     assert m["max_at"] == [1, 98, 3]
     assert m["max_scaled"] == m["max_abs"] / np.abs(a).max()
+
+
+def test_distances_by_hand():
+    """|r| = 5, the difference is (0, 0, 3, 4) at one place and (0, 2, 0, 0) at another."""
+    r, c = np.zeros((2, 2, 4), np.float32), np.zeros((2, 2, 4), np.float32)
+    r[0, 1] = c[0, 1] = [3, 0, 0, 0]
+    r[1, 0] = c[1, 0] = [0, 4, 0, 0]
+    c[0, 0, 2:] = [3, -4]
+    c[1, 1, 1] = 2
+    m = tensor_metrics(r, c, everywhere(r))
+    assert m["nmse"] == pytest.approx(29 / 25, rel=1e-15) and m["rel_l2"] == math.sqrt(29 / 25)
+    assert (m["max_abs"], m["max_at"], m["ref_max"], m["max_scaled"]) == (4, [0, 0, 3], 4, 1)
+    assert m["cosine_distance"] == pytest.approx(1 - 25 / (5 * math.sqrt(25 + 29)), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("c", "distance"),
+    [((2, 0), 0), ((1, 0), 0), ((0, 3), 1), ((-1, 0), 2), ((1, 1), 1 - 1 / math.sqrt(2)), ((0, 0), 1)],
+)
+def test_the_cosine_distance_is_that_of_directions(c, distance):
+    r, c = np.array([[[1.0, 0.0]]]), np.array([[c]], float)
+    assert tensor_metrics(r, c, everywhere(r))["cosine_distance"] == pytest.approx(distance, rel=1e-14)
+
+
+def test_a_cosine_distance_far_below_1_keeps_its_digits():
+    """Turned by an angle of 1e-9: 1 minus the cosine, 5e-19, would round to nothing."""
+    r, c = np.array([[[1.0, 0.0]]]), np.array([[[1.0, 1e-9]]])
+    assert tensor_metrics(r, c, everywhere(r))["cosine_distance"] == pytest.approx(5e-19, rel=1e-6)
 
 
 def test_masked_places_do_not_count():
@@ -69,6 +99,15 @@ def test_a_nonfinite_value_is_counted_and_located(bad):
     json.dumps(m, allow_nan=False)
 
 
+def test_a_nonfinite_value_counts_where_nothing_is_compared_but_not_in_the_padding():
+    c = np.zeros((1, 4, 2), np.float32)
+    c[0, 0, 1] = c[0, 2, 1] = np.nan
+    where, valid = np.array([[False, True, False, False]]), np.array([[False, True, True, True]])
+    m = tensor_metrics(np.zeros_like(c), c, where, valid)
+    assert (m["nonfinite"], m["nonfinite_at"], m["rel_l2"]) == (1, [0, 2, 1], None)
+    assert tensor_metrics(np.zeros_like(c), c, where)["nonfinite"] == 0
+
+
 def test_a_reference_that_is_not_finite_is_refused():
     c = np.zeros((1, 1, 2), np.float32)
     with pytest.raises(ValueError, match="the reference itself"):
@@ -84,12 +123,22 @@ def test_something_where_the_reference_has_nothing_is_the_whole():
     zero = np.zeros((1, 1, 2))
     assert tensor_metrics(zero, zero, everywhere(zero))["rel_l2"] == 0
     m = tensor_metrics(zero, zero + 1, everywhere(zero))
-    assert (m["rel_l2"], m["cosine"], m["max_scaled"]) == (1, 0, 1)
+    assert (m["rel_l2"], m["cosine_distance"], m["max_scaled"]) == (1, 1, 1)
 
 
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+def test_kl_by_hand():
+    """Half and half against one quarter and three quarters."""
+    r, c = np.log([[[0.5, 0.5]]]), np.log([[[0.25, 0.75]]])
+    m = logit_metrics(r, c, everywhere(r))
+    assert m["kl"] == m["kl_max"] == pytest.approx(math.log(2) - math.log(3) / 2, rel=1e-14)
+    assert (
+        m["reverse_kl"] == m["reverse_kl_max"] == pytest.approx(math.log(3) * 0.75 - math.log(2), rel=1e-14)
+    )
 
 
 def test_kl_both_ways():
@@ -108,7 +157,7 @@ def test_equal_logits_are_at_no_distance():
     r = RNG.standard_normal((1, 5, 20)).astype(np.float32)
     m = logit_metrics(r, r, everywhere(r))
     assert (m["kl"], m["rel_l2"], m["top1"], m["topk_overlap"], m["top1_changes"]) == (0, 0, 1, 1, [])
-    assert m["cosine"] == 1
+    assert m["cosine_distance"] == 0
 
 
 def test_a_shift_of_all_logits_changes_no_distribution():
@@ -128,11 +177,20 @@ def test_changed_best_tokens_are_listed_with_the_margin_they_overcame():
     assert [e["margin"] for e in m["top1_changes"]] == pytest.approx([1, 0.1])
 
 
+def test_without_places_every_metric_is_there_and_has_no_value():
+    r = np.zeros((1, 4, 10))
+    some, none = (logit_metrics(r, r, np.full((1, 4), there)) for there in (True, False))
+    assert none.keys() == some.keys() and (none.pop("places"), none.pop("nonfinite")) == (0, 0)
+    assert set(none.values()) == {None}
+
+
 def test_top_k_overlap_counts_common_tokens():
     r = np.arange(20.0)[None, None]
     c = r.copy()
     c[..., 0] = 100  # in, and the fifth best out
-    assert logit_metrics(r, c, everywhere(r))["topk_overlap"] == pytest.approx(4 / 5)
+    m = logit_metrics(r, c, everywhere(r))
+    assert (m["topk"], m["topk_overlap"]) == (5, pytest.approx(4 / 5))
+    assert m["topk_changed_share"] == pytest.approx(1 / 5)
 
 
 # ---- routing --------------------------------------------------------------------------------------------------------

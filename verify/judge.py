@@ -262,10 +262,9 @@ def _judge_case(
             )
     for tap, metrics in case["taps"].items():
         if count := metrics.get("nonfinite"):
-            at = metrics["nonfinite_at"]
-            yield Finding(
-                name, tap, "nonfinite", count, 0, False, f"NaN or infinity at {count} places, first at {at}"
-            )
+            first = f", first at {metrics['nonfinite_at']}" if "nonfinite_at" in metrics else ""
+            says = f"NaN or infinity at {count} places{first}"
+            yield Finding(name, tap, "nonfinite", count, 0, False, says)
             continue
         if ties := metrics.get("ties"):
             notes.append(f"case {name}, {describe_tap(tap)}: {ties} choices of experts differ in a tie")

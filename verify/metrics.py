@@ -32,66 +32,92 @@ LISTED = 100  # flips and changes listed one by one, largest margins first; the 
 _BLOCK = 64  # places taken to float64 at a time: a vocabulary of 160k would otherwise need gigabytes
 
 
-def tensor_metrics(reference: np.ndarray, candidate: np.ndarray, where: np.ndarray) -> Metrics:
+def tensor_metrics(
+    reference: np.ndarray, candidate: np.ndarray, where: np.ndarray, valid: np.ndarray | None = None
+) -> Metrics:
     """Distances over the places where `where` is true.
 
     Args:
         reference, candidate: `[..., D]`, equal shapes.
         where: `[...]` bool.
+        valid: `[...]` bool, where both have to be finite, compared or not. Default: `where`.
 
     Returns:
-        `places`, `nonfinite` (places of the candidate that hold a NaN or infinity) and `nonfinite_at`,
-        `rel_l2` = |c - r| / |r|, `nmse` = rel_l2 squared, `cosine`, `max_abs`, `max_at`, `ref_max` = max |r|,
-        `max_scaled` = max_abs / ref_max.
+        `places`, `nonfinite` (valid places of the candidate that hold a NaN or infinity) and `nonfinite_at`,
+        `rel_l2` = |c - r| / |r|, `nmse` = rel_l2 squared, `cosine_distance` = 1 - cos(c, r), `max_abs`, `max_at`,
+        `ref_max` = max |r|, `max_scaled` = max_abs / ref_max.
 
     Raises:
         ValueError: the shapes differ, or the reference itself is not finite.
     """
     _require_shape(reference, candidate)
     at = np.argwhere(where)
-    metrics: Metrics = {"places": len(at), "nonfinite": 0}
-    error = norm_r = norm_c = dot = 0.0
+    metrics: Metrics = {"places": len(at)} | _nonfinite(
+        reference, candidate, where if valid is None else valid
+    )
+    names = ("rel_l2", "nmse", "cosine_distance", "max_abs", "max_at", "ref_max", "max_scaled")
+    if metrics["nonfinite"] or not len(at):
+        return metrics | dict.fromkeys(names)
+    error = norm_r = norm_c = growth = 0.0
     max_abs, max_at, ref_max = -1.0, None, 0.0
     for block in _blocks(at):
         r, c = reference[block].astype(np.float64), candidate[block].astype(np.float64)
-        if not np.isfinite(r).all():
-            raise ValueError("the reference itself gives NaN or infinity; are its weights whole?")
-        bad = ~np.isfinite(c)
-        if bad.any():
-            if not metrics["nonfinite"]:
-                row, d = np.argwhere(bad)[0]
-                metrics["nonfinite_at"] = [*(int(i[row]) for i in block), int(d)]
-            metrics["nonfinite"] += int(bad.any(-1).sum())
-            continue
         diff = np.abs(c - r)
         error += float((diff * diff).sum())
         norm_r += float((r * r).sum())
         norm_c += float((c * c).sum())
-        dot += float((r * c).sum())
+        growth += float(((c - r) * (c + r)).sum())
         ref_max = max(ref_max, float(np.abs(r).max()))
         if diff.max() > max_abs:
             row, d = np.unravel_index(int(diff.argmax()), diff.shape)
             max_abs, max_at = float(diff.max()), [*(int(i[row]) for i in block), int(d)]
-    names = ("rel_l2", "nmse", "cosine", "max_abs", "max_at", "ref_max", "max_scaled")
-    if metrics["nonfinite"] or not len(at):
-        return metrics | dict.fromkeys(names)
     nmse = _ratio(error, norm_r)
-    cosine = 1.0 if error == 0 else dot / math.sqrt(norm_r * norm_c) if norm_r * norm_c > 0 else 0.0
-    values = (math.sqrt(nmse), nmse, cosine, max_abs, max_at, ref_max, _ratio(max_abs, ref_max))
+    turned = _cosine_distance(error, growth, math.sqrt(norm_r), math.sqrt(norm_c))
+    values = (math.sqrt(nmse), nmse, turned, max_abs, max_at, ref_max, _ratio(max_abs, ref_max))
     return metrics | dict(zip(names, values))
 
 
-def logit_metrics(reference: np.ndarray, candidate: np.ndarray, where: np.ndarray) -> Metrics:
+def _nonfinite(reference: np.ndarray, candidate: np.ndarray, valid: np.ndarray) -> Metrics:
+    """`nonfinite`, and `nonfinite_at` where there is any."""
+    count, first = 0, None
+    for block in _blocks(np.argwhere(valid)):
+        if not np.isfinite(reference[block]).all():
+            raise ValueError("the reference itself gives NaN or infinity; are its weights whole?")
+        bad = ~np.isfinite(candidate[block])
+        if bad.any() and first is None:
+            row, d = np.argwhere(bad)[0]
+            first = [*(int(i[row]) for i in block), int(d)]
+        count += int(bad.any(-1).sum())
+    return {"nonfinite": count} | ({"nonfinite_at": first} if count else {})
+
+
+def _cosine_distance(error: float, growth: float, norm_r: float, norm_c: float) -> float:
+    """1 - cos(c, r) of `error` = |c - r|^2 and `growth` = |c|^2 - |r|^2, both summed up from differences.
+
+    1 minus the cosine itself would lose what it asks for: at a distance of 1e-7 the two are equal in 14 digits.
+    """
+    if norm_r == 0 or norm_c == 0:
+        return 0.0 if error == 0 else 1.0
+    return max(0.0, error - (growth / (norm_r + norm_c)) ** 2) / (2 * norm_r * norm_c)
+
+
+def logit_metrics(
+    reference: np.ndarray, candidate: np.ndarray, where: np.ndarray, valid: np.ndarray | None = None
+) -> Metrics:
     """:func:`tensor_metrics` of `[B, S, V]` logits, and what they mean as distributions.
 
     Returns:
         Also `kl` = mean KL(reference to candidate) in nats, `kl_max`, `reverse_kl`, `reverse_kl_max`; `top1`, the
-        fraction of places whose best token is the same, and `top1_changes`, the others with the reference's margin
-        between its best token and the candidate's; `topk_overlap`, the mean share of common tokens among the best
-        `topk` (5).
+        fraction of places whose best token is the same, `top1_changed`, the number of the others, `top1_changed_share`, and
+        `top1_changes`, these with the reference's margin between its best token and the candidate's; `topk_overlap`, the mean share of common tokens among the best
+        `topk` (5), and `topk_changed_share`, that of the others.
     """
-    metrics = tensor_metrics(reference, candidate, where)
-    names = ("kl", "kl_max", "reverse_kl", "reverse_kl_max", "top1", "topk", "topk_overlap", "top1_changes")
+    metrics = tensor_metrics(reference, candidate, where, valid)
+    names = (
+        *("kl", "kl_max", "reverse_kl", "reverse_kl_max"),
+        *("top1", "top1_changed", "top1_changed_share", "top1_changes"),
+        *("topk", "topk_overlap", "topk_changed_share"),
+    )
     if metrics["nonfinite"] or not metrics["places"]:
         return metrics | dict.fromkeys(names)
     k = min(TOP_K, reference.shape[-1])
@@ -123,6 +149,7 @@ def logit_metrics(reference: np.ndarray, candidate: np.ndarray, where: np.ndarra
         "top1_changes": changes[:LISTED],
         "topk": k,
         "topk_overlap": float(overlap.mean()),
+        "topk_changed_share": float(1 - overlap.mean()),
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -193,14 +194,17 @@ def compared(
             passed += 1
         if "hidden_states" in taps:
             states = reference["hidden_states"][n], taps["hidden_states"][n]
-            out[f"layers.{n}"] = tensor_metrics(*states, comparable[passed])
+            out[f"layers.{n}"] = tensor_metrics(*states, comparable[passed], mask)
             where = comparable[passed] & settled[passed]
             out[f"layers.{n}"]["nmse_settled"] = tensor_metrics(*states, where)["nmse"]
         else:
             missing.append(f"layers.{n}")
-    out["logits"] = logit_metrics(reference["logits"], taps["logits"], comparable[-1])
+    logits = reference["logits"], taps["logits"]
+    out["logits"] = logit_metrics(*logits, comparable[-1], mask)
     if "tapped_logits_differ" in taps:
-        out["tapped_logits"] = {"max_abs": float(taps["tapped_logits_differ"])}
+        differ = float(taps["tapped_logits_differ"])
+        finite = math.isfinite(differ)
+        out["tapped_logits"] = {"max_abs": differ} if finite else {"max_abs": None, "nonfinite": 1}
     places, lost = int(mask.sum()), int((mask & ~comparable[-1]).sum())
     out["comparable"] = {"places": places, "excluded": lost, "excluded_share": lost / places}
     return out, missing

@@ -173,6 +173,10 @@ METRIC_WORDS = {
     "divergences": "rows that leave the reference",
     "excluded_share": "share of tokens not comparable",
     "norm": "largest relative difference of a norm",
+    "reverse_kl": "mean KL of the candidate (nats)",
+    "reverse_kl_max": "largest KL of the candidate (nats)",
+    "cosine_distance": "1 - cosine",
+    "topk_changed_share": "share of other tokens among the best",
     "changed": "other best tokens",
     "left": "rows that leave the reference",
 }
