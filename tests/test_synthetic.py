@@ -184,6 +184,20 @@ def test_the_processor_and_tiktoken_read_the_vocabulary(tmp_path):
     assert generation == {"bos_token_id": 163584, "eos_token_id": [163585, 163586], "pad_token_id": 163839}
 
 
+def test_every_case_of_verify_parity_can_be_made_of_it(small):
+    """Its vocabulary splits most words into letters, so prompts are long: a picture may not reach past the first call."""
+    from kimi_vl.modeling.configuration import ModelConfig
+    from kimi_vl.verify.cases import Limits, build, suite
+    from kimi_vl.verify.prompts import ProcessorSource
+
+    config = ModelConfig.from_file(small)
+    source = ProcessorSource(small, config)
+    for case_plan in suite(config, Limits()):
+        case = build(case_plan, source)
+        media = case.inputs["input_ids"] == config.media_placeholder_token_id
+        assert bool(case_plan.grids) == media.any() and not media[:, case.calls[0] :].any(), case.name
+
+
 def test_a_forward_pass_is_finite_and_of_a_sensible_scale(small):
     from kimi_vl import KimiVLForConditionalGeneration, KimiVLProcessor
 

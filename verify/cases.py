@@ -17,7 +17,7 @@ import numpy as np
 
 from ..modeling.configuration import ModelConfig
 
-SUITE_VERSION = 1
+SUITE_VERSION = 2
 DEFAULT_SEED = 2025
 
 # What shows most faults in the shortest time: few different graphs have to be compiled.
@@ -122,7 +122,7 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
         Plan(
             "pieces", "a prompt continued by several tokens at a time", (Row(tokens=45),), tail=(9, 2, 5, 1)
         ),
-        Plan("steps", "a prompt continued token by token", (Row((grid(2, 3),), 44),), tail=(1,) * 16),
+        Plan("steps", "a prompt continued token by token", (Row((grid(2, 3),), 64),), tail=(1,) * 16),
         Plan("batch-steps", "left-padded prompts continued token by token", batch, tail=(1,) * 6),
         Plan(
             "bucket",
