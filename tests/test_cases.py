@@ -70,6 +70,11 @@ def test_the_suite_has_what_a_prefill_alone_does_not_show():
     assert bucket.calls[0] < LIMITS.contexts[0] < bucket.inputs["input_ids"].shape[1]
 
 
+def test_texts_alone_are_scored():
+    assert [name for name in PLANS if not PLANS[name].impossible and case(name).scored] == ["perplexity"]
+    assert case("perplexity").inputs["attention_mask"].sum(1).tolist() == [96] * 3
+
+
 def test_a_picture_lies_across_the_border_of_the_chunk():
     c = case("chunks")
     at = np.flatnonzero(c.inputs["input_ids"][0] == CONFIG.media_placeholder_token_id)

@@ -46,7 +46,7 @@ def test_the_reference_against_itself_passes(clean):
     verdict = judge(clean, STRICT)
     assert verdict.passed and verdict.first_bad is None and verdict.notes == []
     assert {f.case for f in verdict.findings} == {c["name"] for c in clean["cases"]}
-    assert len(clean["cases"]) == 12
+    assert len(clean["cases"]) == 13
     assert [layer["used"] for layer in clean["suite"]["experts"]] == [8, 8]
 
 
@@ -379,7 +379,7 @@ def test_the_first_bad_is_first_in_the_network_not_in_the_list():
         return Finding(case, tap, "rel_l2", 1.0, 0.0, False)
 
     order = ["error", "vision_out", "projector_out", "inputs_embeds", "layers.0", "router.1", "layers.1"]
-    order += ["router.2", "layers.10", "logits", "greedy", "tapped_logits", "comparable"]
+    order += ["router.2", "layers.10", "logits", "perplexity", "greedy", "tapped_logits", "comparable"]
     assert sorted(reversed(order), key=network_order) == order
     verdict = Verdict(
         "x", [bad("a", "logits"), bad("a", "layers.10"), bad("b", "layers.9"), bad("c", "layers.9")]
@@ -426,6 +426,23 @@ def test_a_gate_on_a_metric_that_the_run_has_not_is_refused(clean, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"name": "p", "what": "", "gates": gates}))
     with pytest.raises(ProfileError, match="no metric 'perplexity' for logits"):
         judge(clean, load_profile(str(tmp_path / "p.json")))
+
+
+def test_what_no_shipped_profile_asks_for_can_be_judged_by_ones_own(oracle, clean, tmp_path):
+    """Of the final norm wrong by a tenth, on the logits; and of the text's perplexity."""
+    metrics = {
+        "logits": ("cosine_distance", "reverse_kl", "topk_changed_share"),
+        "perplexity": ("log_ratio",),
+    }
+    gates = [{"taps": tap, "metric": m, "at_most": 1e-4} for tap, ms in metrics.items() for m in ms]
+    (tmp_path / "p.json").write_text(json.dumps({"name": "p", "what": "", "gates": gates}))
+    own = load_profile(str(tmp_path / "p.json"))
+    assert judge(clean, own).passed
+    broken = build_oracle(DATA / "tiny8-bf16")
+    with torch.no_grad():
+        broken.network.state_dict()["model.language_model.norm.weight"][::2] *= 1.1
+    verdict = judge(run(oracle, OracleCandidate(broken), ("perplexity",)), own)
+    assert [(f.tap, f.metric) for f in verdict.failures] == [(t, m) for t, ms in metrics.items() for m in ms]
 
 
 def test_a_saved_run_is_judged_as_the_run(clean, tmp_path):

@@ -15,6 +15,7 @@ from kimi_vl.verify.metrics import (
     comparable_places,
     greedy_metrics,
     logit_metrics,
+    perplexity_metrics,
     routing_metrics,
     tensor_metrics,
 )
@@ -191,6 +192,42 @@ def test_top_k_overlap_counts_common_tokens():
     m = logit_metrics(r, c, everywhere(r))
     assert (m["topk"], m["topk_overlap"]) == (5, pytest.approx(4 / 5))
     assert m["topk_changed_share"] == pytest.approx(1 / 5)
+
+
+# ---- perplexity -----------------------------------------------------------------------------------------------------
+
+
+def foretold(*chances):
+    """Logits `[1, S, 2]` that give token 0 these chances, under any shift."""
+    return np.log([[[p, 1 - p] for p in chances]]) + 7
+
+
+def test_perplexity_by_hand():
+    """The tokens 0 0 1: the first is foretold by nothing, the last place foretells nothing."""
+    r, c = foretold(0.5, 0.5, 0.9), foretold(0.5, 0.875, 0.1)
+    m = perplexity_metrics(r, c, np.array([[0, 0, 1]]), np.ones((1, 3), bool))
+    assert m["places"] == 2
+    assert m["reference"] == pytest.approx(2, rel=1e-14)
+    assert m["candidate"] == pytest.approx(4, rel=1e-14)  # 1 / sqrt(1/2 x 1/8)
+    assert m["log_ratio"] == pytest.approx(math.log(2), rel=1e-14)
+
+
+def test_perplexity_counts_each_row_and_all_together():
+    """Padding foretells no first token; a row of one token has nothing to count."""
+    r = np.concatenate([foretold(0.1, 0.25, 0.1), foretold(0.5, 0.5, 0.1), foretold(0.3, 0.3, 0.3)])
+    where = np.array([[False, True, True], [True, True, True], [False, False, True]])
+    m = perplexity_metrics(r, r, np.zeros((3, 3), int), where)
+    assert m["places"] == 3 and m["log_ratio"] == 0
+    assert m["reference"] == m["candidate"] == pytest.approx(16 ** (1 / 3), rel=1e-14)
+    assert [row["places"] for row in m["by_row"]] == [1, 2, 0]
+    assert [row["reference"] for row in m["by_row"]] == [pytest.approx(4), pytest.approx(2), None]
+
+
+def test_a_perplexity_beyond_any_float_can_be_written_as_json():
+    r, c = foretold(0.5, 0.5), np.array([[[0.0, 2000.0], [0, 0]]])
+    m = perplexity_metrics(r, c, np.array([[0, 0]]), np.ones((1, 2), bool))
+    assert m["candidate"] is None and m["log_ratio"] == pytest.approx(2000 - math.log(2))
+    json.dumps(m, allow_nan=False)
 
 
 # ---- routing --------------------------------------------------------------------------------------------------------

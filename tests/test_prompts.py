@@ -9,7 +9,7 @@ from published import DATA, PREPROCESSOR, published_directory, write_json
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.modeling.processing import KimiVLProcessor
 from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, suite
-from kimi_vl.verify.prompts import ProcessorSource, draw, has_processor
+from kimi_vl.verify.prompts import PASSAGES, ProcessorSource, draw, has_processor
 from kimi_vl.verify.runner import inputs_hash
 
 LIMITS = Limits(contexts=(256, 512, 1024), chunk=128, patches=256)
@@ -50,7 +50,8 @@ def test_a_case_fits_itself(source, plans, name):
     assert not media[:, case.calls[0] :].any()
     for row, tokens in zip(plans[name].rows, mask.sum(1)):
         assert row.tokens in (None, tokens)
-    assert len(case.prompts) == len(ids) and all("<|im_user|>" in prompt for prompt in case.prompts)
+    assert len(case.prompts) == len(ids)
+    assert all(("<|im_user|>" in prompt) != case.scored for prompt in case.prompts)
 
 
 def test_a_natural_prompt_is_what_the_processor_makes_of_it(directory, source, plans):
@@ -64,6 +65,18 @@ def test_a_picture_lies_across_the_border_of_the_chunk(source, plans):
     ids = build(plans["chunks"], source).inputs["input_ids"][0]
     at = np.flatnonzero(ids == source.config.media_placeholder_token_id)
     assert at[0] < LIMITS.chunk <= at[-1]
+
+
+def test_a_passage_is_the_beginning_of_its_text(source, plans):
+    case = build(plans["perplexity"], source)
+    assert case.prompts == tuple(PASSAGES.values())
+    for ids, text in zip(case.inputs["input_ids"], case.prompts):
+        assert text.startswith(source.processor.decode(ids).rstrip("\ufffd"))
+
+
+def test_a_passage_that_is_too_short_is_refused(source):
+    with pytest.raises(CaseError, match=r"the passage 'code' has \d+ tokens, expected at least 9999"):
+        build(Plan("x", "", (Row(tokens=9999, passage="code"),)), source)
 
 
 def test_prompts_are_always_the_same_for_a_seed(source, plans):

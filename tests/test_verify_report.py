@@ -81,6 +81,16 @@ def test_the_page_says_what_passed_and_what_ran_where(good):
     assert "mindspore</td><td>not installed" in html
 
 
+def test_the_page_shows_the_perplexities(oracle, good):
+    made = run(oracle, OracleCandidate(oracle, parity.spoil), ("perplexity",))
+    figures = made["cases"][0]["taps"]["perplexity"]
+    html = page(made)
+    for row in [*figures["by_row"], figures]:
+        assert f">{row['reference']:.6g}<" in html and f">{row['candidate']:.6g}<" in html
+        assert row["reference"] != row["candidate"]
+    assert "Perplexity" not in page(good)
+
+
 def test_the_page_names_the_first_bad_place(bad):
     html = page(bad)
     assert "FAILED" in html

@@ -26,6 +26,7 @@ def fails(taps, inputs, calls):
     if len(calls) > 1:
         raise RuntimeError("no memory")
     taps["logits"][0, -1, 0] = np.nan
+    taps["tapped_logits_differ"].fill(np.inf)
 
 
 def other_tokens(tokens):
@@ -49,7 +50,9 @@ def other_experts(taps, inputs, calls):
     ids=["right", "wrong", "nan", "without-taps", "other-choices"],
 )
 def test_a_run_satisfies_the_schema(candidate, tmp_path):
-    made = parity.run(parity.oracle(), OracleCandidate(parity.oracle(), **candidate), ("image", "steps"))
+    made = parity.run(
+        parity.oracle(), OracleCandidate(parity.oracle(), **candidate), ("image", "steps", "perplexity")
+    )
     save_run(made, tmp_path / "run.json")
     parity.valid(tmp_path / "run.json")
 

@@ -48,11 +48,13 @@ class Row:
     """One prompt. `tokens` is its exact length; None leaves a natural one to the source.
 
     `split_at`: the first picture's tokens lie across this position.
+    `passage`: the beginning of this text (see `prompts.PASSAGES`) as it stands, in no chat format.
     """
 
     grids: tuple[Grid, ...] = ()
     tokens: int | None = None
     split_at: int | None = None
+    passage: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Plan:
     def grids(self) -> list[Grid]:
         return [grid for row in self.rows for grid in row.grids]
 
+    @property
+    def scored(self) -> bool:
+        """Whether its rows are texts whose perplexity says something."""
+        return any(row.passage for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,6 +94,7 @@ class Case:
     tail: tuple[int, ...] = ()
     new_tokens: int = 0
     prompts: tuple[str, ...] = field(default=())  # as text, where there is one
+    scored: bool = False  # its perplexity is measured
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -104,6 +112,7 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
 
     tall, wide = grid(table_h // kh + 1, 2), grid(1, table_w // kw + 1)
     batch = (Row((grid(1, 2),)), Row(tokens=39), Row((wide, grid(2, 1))))
+    passages = tuple(Row(tokens=96, passage=name) for name in ("english", "chinese", "code"))
     chunk, context = limits.chunk, limits.context
     border = next((n for n in limits.contexts if n >= 32), context)
     long = chunk + chunk // 2 + 5
@@ -138,6 +147,7 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
             tail=(2, 1),
             by_default=context <= 512,
         ),
+        Plan("perplexity", "how well each side foretells English, Chinese and code", passages),
         Plan("experts", "as many tokens as it takes to use every expert", (Row(tokens=64),)),
         Plan(
             "long-greedy",
@@ -204,7 +214,7 @@ def build(plan: Plan, source: Source, seed: int = DEFAULT_SEED) -> Case:
         raise CaseError(
             f"case {plan.name}: continues with {sum(plan.tail)} tokens, but a prompt has only {shortest}"
         )
-    return Case(plan.name, plan.what, seed, inputs, plan.tail, plan.new_tokens, prompts)
+    return Case(plan.name, plan.what, seed, inputs, plan.tail, plan.new_tokens, prompts, plan.scored)
 
 
 def cover_experts(

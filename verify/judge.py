@@ -26,7 +26,7 @@ from .metrics import NOT_A_TIE
 # In network order; "layers.0" and "router.0" stand for those of every layer.
 TAPS = (
     *("vision_out", "projector_out", "inputs_embeds", "router.0", "layers.0"),
-    *("logits", "greedy", "tapped_logits", "comparable"),
+    *("logits", "perplexity", "greedy", "tapped_logits", "comparable"),
 )
 PROFILES = Path(__file__).parent / "profiles"
 SUITE = "suite"  # the case of a finding that is on all cases together

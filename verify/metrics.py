@@ -29,6 +29,7 @@ NOT_A_TIE = 1e9  # stands for an infinite margin: JSON knows none
 
 TOP_K = 5  # of the vocabulary, for the overlap
 LISTED = 100  # flips and changes listed one by one, largest margins first; the counts are always complete
+_LARGEST_EXP = 700  # nats; exp of 710 is no float64 any more
 _BLOCK = 64  # places taken to float64 at a time: a vocabulary of 160k would otherwise need gigabytes
 
 
@@ -151,6 +152,42 @@ def logit_metrics(
         "topk_overlap": float(overlap.mean()),
         "topk_changed_share": float(1 - overlap.mean()),
     }
+
+
+def perplexity_metrics(
+    reference: np.ndarray, candidate: np.ndarray, ids: np.ndarray, where: np.ndarray
+) -> Metrics:
+    """How well each side foretells a text: exp of the mean negative log-likelihood of its tokens, given those before.
+
+    Args:
+        reference, candidate: finite logits `[B, S, V]`.
+        ids: `[B, S]`, left-padded.
+        where: `[B, S]` bool; a token is foretold at the place before it, which counts if both are true.
+
+    Returns:
+        `places`; `reference` and `candidate`, the perplexities over all rows; `log_ratio`, |ln candidate - ln reference|
+        = the difference of the mean log-likelihoods in nats a token; and `by_row`, the same of each row. None where no
+        token counts or, of a perplexity, where it is beyond what a float holds.
+    """
+    _require_shape(reference, candidate)
+    counted = where[:, :-1] & where[:, 1:]
+    likelihood = np.zeros((2, *counted.shape))
+    for block in _blocks(np.argwhere(counted)):
+        token = (np.arange(len(block[0])), ids[:, 1:][block])
+        for side, logits in enumerate((reference, candidate)):
+            likelihood[side][block] = _log_softmax(logits[block].astype(np.float64))[token]
+    rows = [_perplexities(likelihood[:, row, of_row]) for row, of_row in enumerate(counted)]
+    return _perplexities(likelihood[:, counted]) | {"by_row": rows}
+
+
+def _perplexities(likelihood: np.ndarray) -> Metrics:
+    """Of the log-likelihoods `[2, N]` that the reference and the candidate give to the same tokens."""
+    places = likelihood.shape[1]
+    if not places:
+        return {"places": 0, "reference": None, "candidate": None, "log_ratio": None}
+    r, c = (-likelihood.mean(1)).tolist()
+    perplexity = [math.exp(nats) if nats < _LARGEST_EXP else None for nats in (r, c)]
+    return {"places": places, "reference": perplexity[0], "candidate": perplexity[1], "log_ratio": abs(c - r)}
 
 
 def routing_metrics(

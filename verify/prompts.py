@@ -25,6 +25,45 @@ TEXT = (
     "these shapes is the largest , and where does it stand ? https://example.org/a?b=c&d=%20 . naïve café Ωmega 🙂 ."
 )
 
+# Whose perplexity is measured; longer than what is taken of them. Changing a letter is another version of the suite.
+PASSAGES = {
+    "english": (
+        "A lighthouse keeper is never quite alone. Every evening he climbs the hundred and twelve steps, lights the lamp "
+        "and writes the weather into a book: wind from the north-west, sea moderate, visibility nine miles. Ships pass "
+        "far out, and each of them takes the same short sentence with it, one flash every seven seconds, which says no "
+        "more than where it is and that somebody keeps it going. In autumn birds fly against the glass, and in the "
+        "morning he gathers those that are still alive in his coat and carries them down to the grass on the side where "
+        "the wind does not blow. The book has had eleven keepers before him. Their handwriting differs, but what they "
+        "wrote is nearly the same, and on the first page somebody has noted that the sea does not read."
+    ),
+    "chinese": (
+        "城外有一条小河,河边住着一位老木匠。他每天清早开门,先扫院子,再把昨天没有做完的椅子搬到树下。村里的孩子放学以后常来看他"
+        "干活,问他为什么每一块木头都要先敲一敲。老人笑着说:声音清亮的可以做琴,声音沉闷的可以做桌子,没有哪一块是没有用处的。有一年"
+        "夏天下了很大的雨,河水漫过石桥,冲走了他堆在岸边的木料。大家都替他难过,他却沿着河走了三天,一块一块地捡了回来。后来村口修了"
+        "一座新桥,桥上的栏杆就是用那些木头做的。直到今天,走过的人还会伸手敲一敲,听一听它的声音,然后想起那位老人和他说过的话。"
+        "孩子们长大以后去了很远的地方,回来的时候总要先到桥上站一会儿,看看水,也看看自己。"
+    ),
+    "code": (
+        "def shortest_paths(graph, start):\n"
+        '    """Distances from start to every node that can be reached; edges have no negative weight."""\n'
+        "    distance = {start: 0}\n"
+        "    queue = [(0, start)]\n"
+        "    while queue:\n"
+        "        so_far, node = heapq.heappop(queue)\n"
+        "        if so_far > distance[node]:\n"
+        "            continue  # a shorter way was found in the meantime\n"
+        "        for neighbour, weight in graph[node].items():\n"
+        "            candidate = so_far + weight\n"
+        "            if candidate < distance.get(neighbour, math.inf):\n"
+        "                distance[neighbour] = candidate\n"
+        "                heapq.heappush(queue, (candidate, neighbour))\n"
+        "    return distance\n\n\n"
+        "if __name__ == '__main__':\n"
+        "    roads = {'a': {'b': 7, 'c': 3}, 'b': {'d': 2}, 'c': {'b': 1, 'd': 8}, 'd': {}}\n"
+        "    assert shortest_paths(roads, 'a') == {'a': 0, 'c': 3, 'b': 4, 'd': 6}\n"
+    ),
+}
+
 
 def has_processor(directory: Path) -> bool:
     return all((directory / name).is_file() for name in ("tiktoken.model", "tokenizer_config.json"))
@@ -50,9 +89,12 @@ class ProcessorSource:
         grids: list[Grid] = []
         for row in rows:
             pictures = [draw(grid, self.config.vision.patch_size, rng) for grid in row.grids]
-            text, made = (
-                self._natural(row, pictures, rng) if row.tokens is None else self._long(row, pictures, rng)
-            )
+            if row.passage:
+                text, made = self._passage(row)
+            elif row.tokens is None:
+                text, made = self._natural(row, pictures, rng)
+            else:
+                text, made = self._long(row, pictures, rng)
             prompts.append(text)
             ids.append(made["input_ids"])
             if pictures:
@@ -66,6 +108,16 @@ class ProcessorSource:
             arrays["pixel_values"] = np.concatenate(pixels).astype(np.float32)
             arrays["image_grid_hws"] = np.array(grids, np.int64)
         return arrays, tuple(prompts)
+
+    def _passage(self, row: Row) -> tuple[str, dict[str, np.ndarray]]:
+        """The text whose first `row.tokens` tokens are the prompt."""
+        text = PASSAGES[row.passage]
+        ids = np.asarray(self.processor.tokenizer(text)["input_ids"])
+        if row.tokens is None or len(ids) < row.tokens:
+            raise CaseError(
+                f"the passage {row.passage!r} has {len(ids)} tokens, expected at least {row.tokens}"
+            )
+        return text, {"input_ids": ids[: row.tokens]}
 
     def _natural(
         self, row: Row, pictures: list[Any], rng: np.random.Generator

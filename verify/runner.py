@@ -27,6 +27,7 @@ from .metrics import (
     comparable_places,
     greedy_metrics,
     logit_metrics,
+    perplexity_metrics,
     routing_metrics,
     settled_places,
     tensor_metrics,
@@ -201,6 +202,8 @@ def compared(
             missing.append(f"layers.{n}")
     logits = reference["logits"], taps["logits"]
     out["logits"] = logit_metrics(*logits, comparable[-1], mask)
+    if case.scored and not out["logits"]["nonfinite"]:
+        out["perplexity"] = perplexity_metrics(*logits, case.inputs["input_ids"], comparable[-1])
     if "tapped_logits_differ" in taps:
         differ = float(taps["tapped_logits_differ"])
         finite = math.isfinite(differ)

@@ -19,6 +19,7 @@ def summary(run: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
         "cases": cases,
         "stages": stages(run),
         "routing": _routing_rows(run),
+        "perplexity": [case for case in run["cases"] if "perplexity" in case["taps"]],
         "worst": {
             "layers": _worst(run, "layers."),
             "logits": _worst(run, "logits"),
@@ -176,6 +177,7 @@ METRIC_WORDS = {
     "reverse_kl": "mean KL of the candidate (nats)",
     "reverse_kl_max": "largest KL of the candidate (nats)",
     "cosine_distance": "1 - cosine",
+    "log_ratio": "difference of the log of perplexities (nats)",
     "topk_changed_share": "share of other tokens among the best",
     "changed": "other best tokens",
     "left": "rows that leave the reference",
