@@ -20,7 +20,6 @@ from click.testing import CliRunner
 from golden import DATA
 from mindspore import nn
 from mindspore.ops import auto_generate as generated
-from mindspore.train import mind_ir_pb2 as pb
 from traced import run, trace
 
 import kimi_vl
@@ -40,6 +39,7 @@ from kimi_vl.export.bundle import Bundle, GraphRecord
 from kimi_vl.export.cli import cli
 from kimi_vl.export.operators import GE, KBK, ROWS
 from kimi_vl.export.plan import CACHE_WRITES, FLAT_WRITES, BundlePlan, open_converted
+from kimi_vl.export.proto import pb
 from kimi_vl.export.trace import Tracer
 from kimi_vl.modeling.kernels import get_kernels, lite
 from kimi_vl.modeling.modeling_kimi_vl import _has_data
@@ -307,7 +307,9 @@ def test_for_the_graph_engine_a_number_becomes_a_tensor():
     x = np.array([[1.5, -2, 0.25]], np.float32)
     i = np.array([[3, -4]], np.int32)
     model = trace(Products(), x, i, static=False)
-    assert operators(model)["Muls"] == 3
+    assert operators(model)["Muls"] == (
+        3 if hasattr(ms, "DeviceCtx") else 2
+    )  # 2.7 multiplies one of them itself
     mindir.numbers_as_tensors(model)
     mindir.normalise(model)
     assert operators(model) == {"Mul": 3, "Add": 1}

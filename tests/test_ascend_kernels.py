@@ -244,6 +244,10 @@ class Network:
 VARIANTS = [("fused", "fused"), ("plain", "fused"), ("fused", "plain")]
 
 
+@pytest.mark.skipif(
+    not hasattr(ms, "DeviceCtx"),
+    reason="run eagerly, MindSpore 2.7's stand-ins give other numbers; its traced graphs are interpreted elsewhere",
+)
 @pytest.mark.parametrize("attention, experts", VARIANTS)
 def test_text_equals_the_plain_network(eager, attention, experts):
     ids = np.random.default_rng(3).integers(0, 900, (BATCH, 2 * CHUNK))

@@ -13,11 +13,11 @@ import bundles
 import mindspore as ms
 import pytest
 from golden import DATA
-from mindspore.train import mind_ir_pb2 as pb
 
 from kimi_vl.export import ExportError, legality, lint, plan_export
 from kimi_vl.export.operators import GE, KBK, LIMITS, PRODUCTS, ROWS
 from kimi_vl.export.plan import open_converted
+from kimi_vl.export.proto import pb
 from kimi_vl.export.trace import Tracer
 from kimi_vl.modeling.configuration import ModelConfig
 

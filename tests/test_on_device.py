@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import bundles
@@ -67,6 +68,10 @@ def test_a_bundle_for_this_machine_holds_from_the_ground_to_decoding(tmp_path):
     )
 
 
+@pytest.mark.skipif(
+    version("mindspore").startswith("2.7."),
+    reason="MindSpore 2.7 crashes on a CPU when a graph's parameter is set after it ran",
+)
 def test_a_chunk_may_fill_the_smallest_context(tmp_path):
     weights = open_converted(bundles.converted("tiny8-bf16"))
     sizes = {"seq": (32, 64), "prefill_chunk": 32, "image_patches": (64,), "batch": 2}

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 from mindspore import nn
 from mindspore.common.api import _cell_graph_executor as executor
-from mindspore.train import mind_ir_pb2 as pb
 
 from kimi_vl.export import mindir
+from kimi_vl.export.proto import pb
 from kimi_vl.verify.mindir import Interpreter, read_graph
 
 _DTYPES = {

@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from mindspore.train import mind_ir_pb2 as pb
 
+from ...export.proto import pb
 from .errors import InterpreterError
 
 LOW = (torch.bfloat16, torch.float16)
