@@ -62,12 +62,10 @@ class Summary:
 
     @cached_property
     def live(self) -> Live:
-
         return live(self.nodes)
 
     @cached_property
     def flops(self) -> Counter[str]:
-
         return flops(self.nodes)
 
     def to_dict(self) -> dict[str, Any]:

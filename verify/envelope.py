@@ -13,10 +13,8 @@ bf16 runs of the reference were seen to differ by 3.7 in energy.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +28,7 @@ from .candidates import ModelCandidate, inspect
 from .cases import SUITE_VERSION, Case, Plan, Source, build
 from .judge import Gate, Profile, network_order
 from .runner import compared, inputs_hash
+from .sealed import Kind
 
 NAME = "envelope.json"
 FORMAT, VERSION = "kimi_vl-noise-envelope", 1
@@ -135,11 +134,7 @@ def identity(bundle: Bundle) -> dict[str, Any]:
 
 def save(envelope: dict[str, Any], path: Path) -> None:
     """Writes it, with a digest of its content, as a profile for ``judge`` too; the file appears whole or not at all."""
-    content = {"format": FORMAT, "version": VERSION} | asdict(limits(envelope)) | envelope
-    content["sha256"] = _digest(content)
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    _FILE.save(asdict(limits(envelope)) | envelope, path)
 
 
 def load(path: Path, bundle: Bundle | None = None) -> dict[str, Any]:
@@ -148,29 +143,21 @@ def load(path: Path, bundle: Bundle | None = None) -> dict[str, Any]:
     Raises:
         EnvelopeError: the file is missing, is none, is damaged, comes from another version or belongs to another bundle.
     """
-    try:
-        envelope = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise EnvelopeError(
-            f"{path}: cannot be read ({e.strerror}); verify-parity envelope makes it"
-        ) from None
-    except ValueError as e:
-        raise EnvelopeError(f"{path}: is damaged or no envelope: not valid JSON ({e})") from None
-    if not isinstance(envelope, dict) or envelope.get("format") != FORMAT:
-        raise EnvelopeError(f"{path}: is no envelope of verify-parity; expected the {NAME} of a bundle")
-    if envelope.get("version") != VERSION:
-        raise EnvelopeError(
-            f"{path}: has version {envelope.get('version')!r}, this program reads {VERSION}; measure it again"
-        )
-    if envelope.pop("sha256", None) != _digest(envelope):
-        raise EnvelopeError(f"{path}: is damaged: its content does not have the digest it was saved with")
+    envelope = _FILE.load(path)
     if bundle is not None and envelope["bundle"] != identity(bundle):
         raise EnvelopeError(f"{path}: is of another bundle: graphs or weights differ; measure this one")
     return envelope
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+_FILE = Kind(
+    FORMAT,
+    VERSION,
+    "envelope",
+    f"the {NAME} of a bundle",
+    "measure it again",
+    EnvelopeError,
+    if_missing="; verify-parity envelope makes it",
+)
 
 
 def table(envelope: dict[str, Any]) -> str:

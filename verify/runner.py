@@ -7,7 +7,6 @@ to the next (date, times, machine); everything else repeats.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -32,6 +31,7 @@ from .metrics import (
     settled_places,
     tensor_metrics,
 )
+from .sealed import Kind
 
 FORMAT, VERSION = "kimi_vl-parity-run", 1
 LONGEST_COVER = 512  # tokens of the case that looks for every expert
@@ -307,11 +307,7 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
 
 def save_run(run: dict[str, Any], path: Path) -> None:
     """Writes the run with a digest of its content; the file appears whole or not at all."""
-    content = {"format": FORMAT, "version": VERSION} | run
-    content["sha256"] = _digest(content)
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    _FILE.save(run, path)
 
 
 def load_run(path: Path) -> dict[str, Any]:
@@ -320,22 +316,7 @@ def load_run(path: Path) -> dict[str, Any]:
     Raises:
         RunError: the file is missing, is no run, is damaged, or comes from another version.
     """
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise RunError(f"{path}: cannot be read ({e.strerror})") from None
-    except ValueError as e:
-        raise RunError(f"{path}: is damaged or no run: not valid JSON ({e})") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise RunError(f"{path}: is no run of verify-parity; expected the run.json of a report directory")
-    if run.get("version") != VERSION:
-        raise RunError(
-            f"{path}: has version {run.get('version')!r}, this program reads {VERSION}; run it again"
-        )
-    if run.pop("sha256", None) != _digest(run):
-        raise RunError(f"{path}: is damaged: its content does not have the digest it was saved with")
-    return run
+    return _FILE.load(path)
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+_FILE = Kind(FORMAT, VERSION, "run", "the run.json of a report directory", "run it again", RunError)
