@@ -59,17 +59,33 @@ class OracleCandidate:
         return tokens
 
 
-def run(oracle: Oracle, candidate, names=()):
-    """A whole run, its provenance made up."""
+FILE = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
+
+
+def link(oracle: Oracle, candidate, names=()):
+    """A candidate held against the reference."""
     plans = select(suite(oracle.config, candidate.limits), names)
     made = run_suite(oracle, candidate, plans, SeededSource(oracle.config), seed=1)
-    made["header"] |= {"date": "2025-01-01 12:00:00 +0000", "took_seconds": 1.0, "machine": "a machine"}
-    file = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
-    made["candidate"]["files"] = file
-    made["reference"] = {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": file}
-    made["reference"] |= {"dtype": "float32", "stored": "float32"}
-    made["environment"] = {"python": "3", "kimi-vl": "0", "mindspore": None}
+    made["candidate"]["files"] = FILE
     return made
+
+
+def whole(*links):
+    """A run of links, its provenance made up."""
+    seconds = [link.get("header", {}).get("seconds", {}) for link in links]
+    return {
+        "header": {"date": "2025-01-01 12:00:00 +0000", "took_seconds": 1.0, "machine": "a machine"}
+        | {"seconds": seconds},
+        "environment": {"python": "3", "kimi-vl": "0", "mindspore": None},
+        "reference": {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": FILE}
+        | {"dtype": "float32", "stored": "float32"},
+        "links": [{k: v for k, v in link.items() if k != "header"} for link in links],
+    }
+
+
+def run(oracle: Oracle, candidate, names=()):
+    """A whole run of one link."""
+    return whole(link(oracle, candidate, names))
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def test_a_device_that_computes_right_is_the_last_stage_that_ran(verify, tmp_pat
     assert "Ascend device: Ascend910B, MindSpore 2.10.0, report" in result.stdout
     assert verdict["stages"][-1]["ran"]
     run = tmp_path / "out" / "run.json"
-    kept = parity.valid(run)["device"]
+    kept = parity.valid(run)["links"][0]["device"]
     assert kept["pack"] == packs.pack("ascend").digest and [c["name"] for c in kept["cases"]] == [
         "image",
         "pieces",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden import DATA
-from parity import OracleCandidate, run
+from parity import OracleCandidate, link, whole
 
 from kimi_vl.verify.judge import (
     PROFILES,
@@ -17,12 +17,13 @@ from kimi_vl.verify.judge import (
     ProfileError,
     Verdict,
     judge,
+    judge_run,
     load_profile,
     network_order,
 )
 from kimi_vl.verify.metrics import ROUTING_TIE
 from kimi_vl.verify.oracle import build_oracle
-from kimi_vl.verify.runner import RunError, load_run, save_run
+from kimi_vl.verify.runs import RunError, load_run, save_run
 
 STRICT = load_profile("strict")
 FAST = ("text", "steps")
@@ -35,11 +36,11 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def clean(oracle):
-    return run(oracle, OracleCandidate(oracle))
+    return link(oracle, OracleCandidate(oracle))
 
 
 def spoilt(oracle, spoil=lambda *_: None, spoil_greedy=lambda tokens: None, names=FAST):
-    return judge(run(oracle, OracleCandidate(oracle, spoil, spoil_greedy), names), STRICT)
+    return judge(link(oracle, OracleCandidate(oracle, spoil, spoil_greedy), names), STRICT)
 
 
 def test_the_reference_against_itself_passes(clean):
@@ -130,7 +131,7 @@ def test_nonfinite_fails_whatever_the_profile_says(oracle, key, bad, tmp_path):
         if key in taps:
             taps[key][..., -1, 3] = bad
 
-    made = run(oracle, OracleCandidate(oracle, spoil), ("image",))
+    made = link(oracle, OracleCandidate(oracle, spoil), ("image",))
     verdict = judge(made, load_profile(str(lax)))
     tap = {"hidden_states": "layers.0"}.get(key, key)
     assert verdict.first_bad.tap == tap and verdict.first_bad.metric == "nonfinite"
@@ -139,7 +140,7 @@ def test_nonfinite_fails_whatever_the_profile_says(oracle, key, bad, tmp_path):
 
 
 def test_a_nonfinite_difference_of_the_graphs_with_taps_fails(oracle):
-    made = run(
+    made = link(
         oracle, OracleCandidate(oracle, on("tapped_logits_differ", lambda a: a.fill(np.nan))), ("text",)
     )
     (bad,) = judge(made, STRICT).failures
@@ -239,7 +240,7 @@ def test_a_fault_in_the_weights_is_found_where_it_is(oracle, fault):
     with torch.no_grad():
         change(broken.network.state_dict())
     names = ("steps", "experts")
-    verdict = judge(run(oracle, OracleCandidate(broken), names), STRICT)
+    verdict = judge(link(oracle, OracleCandidate(broken), names), STRICT)
     assert verdict.first_bad.tap == first, [f.tap for f in verdict.failures]
 
 
@@ -247,7 +248,7 @@ def test_a_scaling_factor_of_another_model(oracle):
     broken = build_oracle(DATA / "tiny8-bf16")
     for layer in broken.network.model.language_model.layers[1:]:
         layer.mlp.gate.routed_scaling_factor = 2.5
-    assert judge(run(oracle, OracleCandidate(broken), ("text",)), STRICT).first_bad.tap == "layers.1"
+    assert judge(link(oracle, OracleCandidate(broken), ("text",)), STRICT).first_bad.tap == "layers.1"
 
 
 def test_padding_that_is_attended_to_fails_batches_only(oracle):
@@ -255,7 +256,7 @@ def test_padding_that_is_attended_to_fails_batches_only(oracle):
         def run(self, inputs, calls):
             return super().run(inputs | {"attention_mask": np.ones_like(inputs["attention_mask"])}, calls)
 
-    made = run(oracle, Careless(oracle), ("text", "image", "batch", "batch-steps"))
+    made = link(oracle, Careless(oracle), ("text", "image", "batch", "batch-steps"))
     assert {f.case for f in judge(made, STRICT).failures} == {"batch", "batch-steps"}
 
 
@@ -291,7 +292,7 @@ def test_what_follows_from_a_routing_tie_is_noted_not_judged(oracle):
         taps["hidden_states"][1:, 0, 20:] += 1
         taps["logits"][0, 20:] += 1
 
-    made = run(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
+    made = link(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
     verdict = judge(made, STRICT)
     assert verdict.passed
     assert verdict.notes[0] == "case text, router of decoder layer 1: 1 choices of experts differ in a tie"
@@ -301,7 +302,7 @@ def test_what_follows_from_a_routing_tie_is_noted_not_judged(oracle):
         spoil(taps, inputs, calls)
         taps["hidden_states"][1, 0, 19] += 1
 
-    made = run(Tied(oracle.network, oracle.config), OracleCandidate(oracle, worse), ("text",))
+    made = link(Tied(oracle.network, oracle.config), OracleCandidate(oracle, worse), ("text",))
     assert judge(made, STRICT).first_bad.tap == "layers.1"
 
 
@@ -319,7 +320,7 @@ def test_a_nonfinite_value_behind_a_routing_tie_fails(oracle, tap, key, place):
         taps["router_topk_indices"][0, 0, 20] = [-3, -2]
         taps[key][place] = np.inf
 
-    made = run(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
+    made = link(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
     (bad,) = judge(made, STRICT).failures
     assert (bad.tap, bad.says) == (tap, "NaN or infinity at 1 places, first at [0, 22, 5]")
 
@@ -334,7 +335,7 @@ def test_too_much_behind_a_tie_is_no_proof(oracle):
     def spoil(taps, inputs, calls):
         taps["router_topk_indices"][0, 0, 3] = [-3, -2]
 
-    made = run(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
+    made = link(Tied(oracle.network, oracle.config), OracleCandidate(oracle, spoil), ("text",))
     assert [f.tap for f in judge(made, STRICT).failures] == ["comparable"]
 
 
@@ -342,21 +343,21 @@ def test_too_much_behind_a_tie_is_no_proof(oracle):
 
 
 def test_a_bundle_without_taps_is_judged_by_logits_and_tokens(oracle):
-    verdict = judge(run(oracle, OracleCandidate(oracle, taps=False), FAST), STRICT)
+    verdict = judge(link(oracle, OracleCandidate(oracle, taps=False), FAST), STRICT)
     assert verdict.passed
     assert verdict.notes == [
         "not available in this candidate, so not judged: vision tower, input embeddings, hidden states of "
         "the decoder layers, choices of experts (export with --taps to have them); logits and tokens were judged"
     ]
     spoil = on("logits", lambda a: np.multiply(a, np.float32(1.0001), out=a))
-    broken = judge(run(oracle, OracleCandidate(oracle, spoil, taps=False), FAST), STRICT)
+    broken = judge(link(oracle, OracleCandidate(oracle, spoil, taps=False), FAST), STRICT)
     assert broken.first_bad.tap == "logits"
 
 
 def test_other_weights_are_noted(clean):
-    changed = copy.deepcopy(clean)
-    changed["candidate"]["dtype"] = "float16"
-    assert judge(changed, STRICT).notes == [
+    changed = whole(copy.deepcopy(clean))
+    changed["links"][0]["candidate"]["dtype"] = "float16"
+    assert judge_run(changed).notes == [
         "the checkpoint's weights are float32, the candidate's float16: they differ by rounding"
     ]
 
@@ -441,15 +442,17 @@ def test_what_no_shipped_profile_asks_for_can_be_judged_by_ones_own(oracle, clea
     broken = build_oracle(DATA / "tiny8-bf16")
     with torch.no_grad():
         broken.network.state_dict()["model.language_model.norm.weight"][::2] *= 1.1
-    verdict = judge(run(oracle, OracleCandidate(broken), ("perplexity",)), own)
+    verdict = judge(link(oracle, OracleCandidate(broken), ("perplexity",)), own)
     assert [(f.tap, f.metric) for f in verdict.failures] == [(t, m) for t, ms in metrics.items() for m in ms]
 
 
 def test_a_saved_run_is_judged_as_the_run(clean, tmp_path):
-    save_run(clean, tmp_path / "run.json")
+    save_run(whole(clean), tmp_path / "run.json")
     again = load_run(tmp_path / "run.json")
-    assert judge(again, STRICT).to_dict() == judge(clean, STRICT).to_dict()
-    assert again["cases"] == clean["cases"]
+    assert judge_run(again) == judge_run(whole(clean)) and judge_run(again).verdicts == (
+        judge(clean, STRICT),
+    )
+    assert again["links"][0]["cases"] == clean["cases"]
 
 
 @pytest.mark.parametrize(
@@ -458,12 +461,12 @@ def test_a_saved_run_is_judged_as_the_run(clean, tmp_path):
         (lambda t: t[:-200], "not valid JSON"),
         (lambda t: t.replace('"rel_l2": 0.0', '"rel_l2": 0.1', 1), "does not have the digest"),
         (lambda t: t.replace('"kimi_vl-parity-run"', '"other"'), "is no run of verify-parity"),
-        (lambda t: t.replace('"version": 1', '"version": 99', 1), "has version 99"),
+        (lambda t: t.replace('"version": 2', '"version": 99', 1), "has version 99"),
         (lambda t: "[]", "is no run"),
     ],
 )
 def test_a_damaged_run_is_refused(clean, tmp_path, damage, says):
-    save_run(clean, tmp_path / "run.json")
+    save_run(whole(clean), tmp_path / "run.json")
     text = (tmp_path / "run.json").read_text()
     assert damage(text) != text
     (tmp_path / "run.json").write_text(damage(text))
@@ -477,7 +480,7 @@ def test_a_run_that_is_not_there(tmp_path):
 
 
 def test_runs_repeat_apart_from_the_header(oracle, clean):
-    again = run(oracle, OracleCandidate(oracle))
+    again = link(oracle, OracleCandidate(oracle))
     assert {k: v for k, v in again.items() if k != "header"} == {
         k: v for k, v in clean.items() if k != "header"
     }

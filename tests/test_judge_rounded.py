@@ -12,11 +12,12 @@ from golden import DATA
 from parity import LIMITS, OracleCandidate
 
 from kimi_vl.verify.cases import SeededSource, select, suite
-from kimi_vl.verify.judge import SUITE, ProfileError, judge, load_profile
+from kimi_vl.verify.judge import SUITE, ProfileError, judge, judge_run, load_profile
 from kimi_vl.verify.metrics import settled_places
 from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.report import render_html
-from kimi_vl.verify.runner import run_suite, save_run
+from kimi_vl.verify.runner import run_suite
+from kimi_vl.verify.runs import save_run
 from kimi_vl.verify.summary import finding_text
 
 BF16 = load_profile("bf16")
@@ -51,12 +52,7 @@ def run(oracles, times):
     plans = select(suite(oracles[0].config, LIMITS), NAMES)
     source = SeededSource(oracles[0].config)
     made = run_suite(oracles[0], Rounded(oracles, times), plans, source, seed=1, rounded=oracles[1])
-    file = {"config.json": {"bytes": 12, "sha256": "ab" * 32}}
-    made["header"] |= {"date": "2025-01-01 12:00:00 +0000", "took_seconds": 1.0, "machine": "a machine"}
-    made["candidate"]["files"] = file
-    made["reference"] = {"path": "src", "revision": None, "runs_on": "Torch on CPU", "files": file}
-    made["reference"] |= {"dtype": "float32", "stored": "float32"}
-    made["environment"] = {"python": "3", "kimi-vl": "0", "mindspore": None}
+    made["candidate"]["files"] = parity.FILE
     return made
 
 
@@ -66,7 +62,7 @@ def clean(oracles):
 
 
 def test_the_references_own_rounding_passes_and_is_in_the_run(clean, tmp_path):
-    save_run(clean, tmp_path / "run.json")
+    save_run(parity.whole(clean), tmp_path / "run.json")
     parity.valid(tmp_path / "run.json")
     verdict = judge(clean, BF16)
     assert verdict.passed and {f.case for f in verdict.findings} == {*NAMES, SUITE}
@@ -117,7 +113,7 @@ def test_a_run_that_was_not_calibrated_cannot_be_judged_so(clean):
 
 
 def test_its_report_says_which_limits_are_relative(clean):
-    page = render_html(clean, judge(clean, BF16), BF16)
+    page = render_html(parity.whole(clean), judge_run(parity.whole(clean)))
     assert "4.0e+00 x own" in page and "2.0e+00 x own, suite" in page
 
 

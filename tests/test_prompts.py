@@ -8,9 +8,8 @@ from published import DATA, PREPROCESSOR, published_directory, write_json
 
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.modeling.processing import KimiVLProcessor
-from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, suite
+from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, inputs_hash, suite
 from kimi_vl.verify.prompts import PASSAGES, ProcessorSource, draw, has_processor
-from kimi_vl.verify.runner import inputs_hash
 
 LIMITS = Limits(contexts=(256, 512, 1024), chunk=128, patches=256)
 NAMES = [plan.name for plan in suite(ModelConfig.from_file(DATA / "tiny8-bf16"), LIMITS)]
@@ -90,7 +89,7 @@ def test_pictures_are_those_of_the_plan_where_the_processor_would_scale_them(sou
     published_directory(tmp_path)
     write_json(tmp_path / "preprocessor_config.json", PREPROCESSOR | {"in_token_limit": 21})
     case, same = (build(plans["image"], s) for s in (ProcessorSource(tmp_path, source.config), source))
-    assert inputs_hash(case) == inputs_hash(same)
+    assert inputs_hash(case.inputs) == inputs_hash(same.inputs)
 
 
 def test_a_prompt_that_cannot_hold_its_pictures_is_refused(source):

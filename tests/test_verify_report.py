@@ -12,12 +12,10 @@ import parity
 import pytest
 from parity import OracleCandidate, run
 
-from kimi_vl.verify.judge import judge, load_profile
+from kimi_vl.verify.judge import judge_run
 from kimi_vl.verify.report import render_html, terminal_table, write_report
-from kimi_vl.verify.runner import load_run, stages
+from kimi_vl.verify.runs import load_run, stages
 from kimi_vl.verify.summary import number, percent, sentence
-
-STRICT = load_profile("strict")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def bad():
 
 
 def page(made):
-    return render_html(made, judge(made, STRICT), STRICT)
+    return render_html(made, judge_run(made))
 
 
 class Outside(HTMLParser):
@@ -75,7 +73,7 @@ def test_the_page_says_what_passed_and_what_ran_where(good):
     html = page(good)
     assert "PASSED" in html and "FAILED" not in html
     assert "did not run: no Ascend device took part" in html
-    for case in good["cases"]:
+    for case in good["links"][0]["cases"]:
         assert case["name"] in html and case["what"] in html
     assert good["reference"]["files"]["config.json"]["sha256"] in html
     assert "mindspore</td><td>not installed" in html
@@ -83,7 +81,7 @@ def test_the_page_says_what_passed_and_what_ran_where(good):
 
 def test_the_page_shows_the_perplexities(oracle, good):
     made = run(oracle, OracleCandidate(oracle, parity.spoil), ("perplexity",))
-    figures = made["cases"][0]["taps"]["perplexity"]
+    figures = made["links"][0]["cases"][0]["taps"]["perplexity"]
     html = page(made)
     for row in [*figures["by_row"], figures]:
         assert f">{row['reference']:.6g}<" in html and f">{row['candidate']:.6g}<" in html
@@ -95,14 +93,14 @@ def test_the_page_names_the_first_bad_place(bad):
     html = page(bad)
     assert "FAILED" in html
     assert "first bad is decoder layer 2 in case text: relative L2 distance 1.0e-02, allowed 1.0e-05" in html
-    assert html.count('class="failed"') == 3
+    assert html.count('class="failed"') == 3 + 1  # cases, and the stage
 
 
 def test_the_figure_draws_every_case_and_the_limit(good):
     svg = re.search(r"<svg.*?</svg>", page(good), re.S).group()
-    for label in ("tower", "projector", "embeds", "logits", "each case", "worst case", "allowed (strict)"):
+    for label in ("tower", "projector", "embeds", "logits", "MindSpore graphs", "allowed (strict)"):
         assert f">{label}<" in svg
-    assert svg.count('id="line2d_') > len(good["cases"])
+    assert svg.count('id="line2d_') > len(good["links"][0]["cases"])
 
 
 def test_the_same_run_gives_the_same_page(good):
@@ -111,7 +109,7 @@ def test_the_same_run_gives_the_same_page(good):
 
 def test_what_comes_from_files_is_escaped(good):
     changed = copy.deepcopy(good)
-    changed["candidate"]["path"] = "<img src=x onerror=alert(1)>"
+    changed["links"][0]["candidate"]["path"] = "<img src=x onerror=alert(1)>"
     html = page(changed)
     assert "<img src=x" not in html and "&lt;img src=x" in html
 
@@ -124,7 +122,7 @@ def test_a_run_without_taps_or_with_errors_can_be_shown(oracle):
 
     for candidate in (OracleCandidate(oracle, fail), OracleCandidate(oracle, fail, taps=False)):
         made = run(oracle, candidate, ("image", "steps"))
-        verdict = judge(made, STRICT)
+        verdict = judge_run(made)
         assert "NaN or infinity at 1 places, first at [0, 29, 0]" in page(made)
         assert "no &lt;memory&gt;" in page(made)
         assert "steps" in terminal_table(made, verdict) and "FAILED" in terminal_table(made, verdict)
@@ -132,46 +130,47 @@ def test_a_run_without_taps_or_with_errors_can_be_shown(oracle):
 
 def test_the_terminal_table_has_a_line_per_case_and_ends_with_the_verdict(good, bad):
     for made, last in ((good, "PASSED: all"), (bad, "FAILED: first bad is decoder layer 2 in case text")):
-        verdict = judge(made, STRICT)
+        verdict = judge_run(made)
         lines = terminal_table(made, verdict).splitlines()
-        assert lines[-1].startswith(last) and lines[-1] == sentence(verdict)
-        for case in made["cases"]:
+        assert lines[-1].startswith(last) and lines[-1] == sentence(made, verdict)
+        for case in made["links"][0]["cases"]:
             line = next(line for line in lines if line.startswith(case["name"] + " "))
             assert line.endswith("ok" if verdict.passed else "FAILED")
         assert "  Ascend device: did not run: no Ascend device took part" in lines
         assert "  Reloaded CPU MindIR: did not run" in lines
-        assert max(map(len, lines[: len(made["cases"]) + 2])) <= 110
+        assert max(map(len, lines[: len(made["links"][0]["cases"]) + 2])) <= 110
 
 
 def test_notes_are_shown(good):
     changed = copy.deepcopy(good)
-    changed["suite"]["skipped"] = [
+    changed["links"][0]["suite"]["skipped"] = [
         {"name": "bucket", "what": "", "why": "the cache has only one length, 256"}
     ]
     note = "case bucket did not run: the cache has only one length, 256"
-    assert note in page(changed) and f"note: {note}" in terminal_table(changed, judge(changed, STRICT))
+    assert note in page(changed) and f"note: {note}" in terminal_table(changed, judge_run(changed))
 
 
 def test_a_bundle_and_a_device_have_their_own_stage(good):
     def ran(**candidate):
-        chain = stages(good | {"candidate": good["candidate"] | candidate})
+        link = good["links"][0] | {"candidate": good["links"][0]["candidate"] | candidate}
+        chain = stages(good | {"links": [link]})
         return [stage["stage"] for stage in chain if stage["ran"]]
 
     assert ran() == ["Torch reference", "MindSpore graphs"]
     assert ran(stage="bundle") == ["Torch reference", "Reloaded CPU MindIR"]
-    assert ran(stage="interpreter") == ["Torch reference", "Interpreted MindIR"]
+    assert ran(stage="interpreter", target="ascend") == ["Torch reference", "Ascend MindIR, interpreted"]
     assert ran(on_device=True, runs_on="MindSpore on Ascend")[-1] == "Ascend device"
 
 
 def test_the_report_directory_holds_the_run_the_verdict_and_the_page(bad, tmp_path):
-    verdict = judge(bad, STRICT)
-    path = write_report(tmp_path / "a" / "b", bad, verdict, STRICT)
+    verdict = judge_run(bad)
+    path = write_report(tmp_path / "a" / "b", bad, verdict)
     assert {p.name for p in path.parent.iterdir()} == parity.REPORT
     saved = json.loads((path.parent / "verdict.json").read_text())
     assert saved["passed"] is False and saved["first_bad"]["tap"] == "layers.2"
     assert saved["worst"]["logits"]["value"] == pytest.approx(0.02, rel=1e-3)
-    assert [case["ok"] for case in saved["cases"]] == [False] * 3
-    assert judge(load_run(path.parent / "run.json"), STRICT).to_dict() == verdict.to_dict()
+    assert [case["ok"] for case in saved["links"][0]["cases"]] == [False] * 3
+    assert judge_run(load_run(path.parent / "run.json")) == verdict
 
 
 @pytest.mark.parametrize(

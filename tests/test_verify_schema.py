@@ -13,7 +13,7 @@ import parity
 import pytest
 from parity import OracleCandidate
 
-from kimi_vl.verify.runner import save_run
+from kimi_vl.verify.runs import save_run
 
 
 @pytest.fixture
@@ -58,29 +58,38 @@ def test_a_run_satisfies_the_schema(candidate, tmp_path):
 
 
 def metrics(run, tap):
-    return run["cases"][0]["taps"][tap]
+    return run["links"][0]["cases"][0]["taps"][tap]
 
 
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        (lambda run: run.update(version=2), ["version"]),
-        (lambda run: run.pop("cases"), []),
+        (lambda run: run.update(version=3), ["version"]),
+        (lambda run: run["links"][0].pop("cases"), ["links", 0]),
         (lambda run: run.update(verdict="passed"), []),
         (lambda run: run["header"].update(date="today"), ["header", "date"]),
-        (lambda run: run["candidate"].update(stage="elsewhere"), ["candidate", "stage"]),
+        (
+            lambda run: run["links"][0]["candidate"].update(stage="elsewhere"),
+            ["links", 0, "candidate", "stage"],
+        ),
         (
             lambda run: run["reference"]["files"]["config.json"].update(sha256="?"),
             ["reference", "files", "config.json", "sha256"],
         ),
         (
             lambda run: metrics(run, "layers.1").update(rel_l2=-1.0),
-            ["cases", 0, "taps", "layers.1", "rel_l2"],
+            ["links", 0, "cases", 0, "taps", "layers.1", "rel_l2"],
         ),
-        (lambda run: metrics(run, "logits").update(rel_l2="small"), ["cases", 0, "taps", "logits", "rel_l2"]),
-        (lambda run: metrics(run, "router.1").pop("flips"), ["cases", 0, "taps", "router.1"]),
-        (lambda run: metrics(run, "greedy").update(speed=1), ["cases", 0, "taps", "greedy"]),
-        (lambda run: run["cases"][0]["taps"].update({"layers.x": {}}), ["cases", 0, "taps"]),
+        (
+            lambda run: metrics(run, "logits").update(rel_l2="small"),
+            ["links", 0, "cases", 0, "taps", "logits", "rel_l2"],
+        ),
+        (lambda run: metrics(run, "router.1").pop("flips"), ["links", 0, "cases", 0, "taps", "router.1"]),
+        (lambda run: metrics(run, "greedy").update(speed=1), ["links", 0, "cases", 0, "taps", "greedy"]),
+        (
+            lambda run: run["links"][0]["cases"][0]["taps"].update({"layers.x": {}}),
+            ["links", 0, "cases", 0, "taps"],
+        ),
     ],
 )
 def test_what_is_no_run_does_not(saved, change, where):

@@ -61,6 +61,7 @@ class Found:
     config: ModelConfig
     limits: Limits
     taps: bool = True
+    target: str = ""  # of a bundle
     interpreted: bool = False
     rounded: str = (
         ""  # the dtype that an interpreted bundle's operators are rounded to; empty: arithmetic in fp32
@@ -106,7 +107,7 @@ def inspect(path: str | Path, through: str | None = None, arithmetic: str = "lif
             if not interpreted or rounded == "float32":
                 why = f"its graphs compute in {rounded}" if interpreted else "MindSpore runs its graphs"
                 raise CandidateError(f"--arithmetic: {path} cannot be rounded, {why}; leave it out")
-        return Found(path, "bundle", config, limits, bundle.taps, interpreted, rounded)
+        return Found(path, "bundle", config, limits, bundle.taps, bundle.target, interpreted, rounded)
     if through == "interpreter":
         raise CandidateError(
             f"--through: {path} is no bundle, and only graphs of a bundle can be interpreted"
@@ -169,6 +170,8 @@ class ModelCandidate:
                 "arithmetic": self.found.arithmetic,
                 "unwitnessed": unwitnessed(self.model.operators),
             }
+        if self.found.target:
+            more["target"] = self.found.target
         return more | {
             "kind": self.found.kind,
             "stage": self.found.stage,

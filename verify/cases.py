@@ -8,8 +8,9 @@ in `prompts`).
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -243,6 +244,16 @@ def left_padded(rows: list[np.ndarray], pad: int) -> dict[str, np.ndarray]:
         input_ids[i, longest - len(ids) :] = ids
         mask[i, longest - len(ids) :] = 1
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def inputs_hash(inputs: Mapping[str, np.ndarray]) -> str:
+    """A digest of names, shapes, dtypes and content."""
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        array = np.ascontiguousarray(inputs[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 class SeededSource:

@@ -6,8 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ INSTALL = "what verification needs is installed by: pip install 'kimi-vl[verify]
 EPILOG = """\b
 Examples:
   verify-parity --reference nano --candidate ./ckpt --report ./report
-  verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report
+  verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./ckpt --candidate ./mindir-cpu --candidate ./mindir --report ./report
   verify-parity --reference nano --candidate ./ckpt --report ./report --cases text --cases steps
   verify-parity --reference nano --candidate ./mindir --report ./report --through interpreter
   verify-parity --reference nano --candidate ./mindir --report ./report --arithmetic rounded
@@ -51,12 +50,22 @@ class MissingPackage(RuntimeError):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option("--reference", metavar="SRC", help="Published directory, Hub repo id, or nano.")
-@click.option("--candidate", metavar="DIR", help="Converted directory or MindIR bundle.")
+@click.option(
+    "--candidate",
+    "candidates",
+    multiple=True,
+    metavar="DIR",
+    help="Converted directory or MindIR bundle; repeated, each is a stage of the chain.",
+)
 @click.option(
     "--report", metavar="DIR", help="Where run.json, verdict.json, junit.xml, report.md and report.html go."
 )
 @click.option(
-    "--profile", help="Thresholds: a name, or a .json file.  [default: strict; bf16 with rounded arithmetic]"
+    "--profile",
+    "profiles",
+    multiple=True,
+    help="Thresholds: a name, or a .json file (repeatable: each stage takes the first that is for its arithmetic).  "
+    "[default: strict; bf16 with rounded arithmetic]",
 )
 @click.option(
     "--cases",
@@ -74,7 +83,7 @@ class MissingPackage(RuntimeError):
     type=click.Choice(["lifted", "rounded"]),
     default="lifted",
     show_default=True,
-    help="Of an interpreted bundle: in fp32, or with every operator's result rounded as its graph declares.",
+    help="Of interpreted bundles: in fp32; or also with every operator's result rounded as its graph declares.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
 @click.option(
@@ -87,9 +96,9 @@ class MissingPackage(RuntimeError):
 def cli(
     context: click.Context,
     reference: str | None,
-    candidate: str | None,
+    candidates: tuple[str, ...],
     report: str | None,
-    profile: str | None,
+    profiles: tuple[str, ...],
     cases: tuple[str, ...],
     through: str | None,
     arithmetic: str,
@@ -101,24 +110,36 @@ def cli(
 ) -> None:
     """Proves that a candidate computes what the published checkpoint does.
 
-    Runs one suite of prompts and pictures through transformers' Torch implementation and through the candidate,
-    compares every layer, the choices of experts, the logits and the generated tokens, and judges the distances by a
-    profile of thresholds.
+    Runs one suite of prompts and pictures through transformers' Torch implementation and through the candidate, or each
+    of several, compares every layer, the choices of experts, the logits and the generated tokens, and judges the
+    distances by a profile of thresholds. Beside that, the weights are compared bit by bit.
+
+    A run that was interrupted goes on where it was when the same command is given again.
     """
     if context.invoked_subcommand is not None:
         return
-    for option, value in (("--reference", reference), ("--candidate", candidate), ("--report", report)):
-        if value is None and not (option == "--report" and dry_run):
+    for option, value in (("--reference", reference), ("--candidate", candidates), ("--report", report)):
+        if not value and not (option == "--report" and dry_run):
             raise click.UsageError(f"Missing option '{option}'.", context)
     if (device_report is None) != (pack is None):
         raise click.UsageError(
             "--device-report and --pack: give both; the pack is the one that the device had", context
         )
-    assert reference is not None and candidate is not None
+    assert reference is not None
     device = (Path(device_report), Path(pack)) if device_report and pack else None
     with errors():
         _verify(
-            reference, candidate, report, profile, cases, through, arithmetic, seed, device, as_json, dry_run
+            reference,
+            candidates,
+            report,
+            profiles,
+            cases,
+            through,
+            arithmetic,
+            seed,
+            device,
+            as_json,
+            dry_run,
         )
 
 
@@ -127,21 +148,23 @@ cli.add_command(envelope)
 
 @cli.command()
 @click.argument("run", type=click.Path(dir_okay=False))
-@click.option("--profile", help="Thresholds: a name, or a .json file.  [default: as when it was run]")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    help="Thresholds: a name, or a .json file (repeatable).  [default: strict; bf16 for rounded arithmetic]",
+)
 @click.option("--report", metavar="DIR", help="Also write the report of this judgement here.")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as JSON on stdout.")
-def judge(run: str, profile: str | None, report: str | None, as_json: bool) -> None:
+def judge(run: str, profiles: tuple[str, ...], report: str | None, as_json: bool) -> None:
     """Judges a saved RUN again, without running anything."""
     with errors():
-        from .judge import default_profile, load_profile
-        from .judge import judge as verdict_on
-        from .runner import load_run
+        from .judge import load_profile
+        from .runs import load_run
 
         if report:
             require_packages("jinja2", "matplotlib")
-        saved = load_run(Path(run))
-        thresholds = load_profile(profile or default_profile(saved["candidate"].get("arithmetic")))
-        _conclude(saved, verdict_on(saved, thresholds), thresholds, report, as_json)
+        _conclude(load_run(Path(run)), [load_profile(name) for name in profiles], report, as_json)
 
 
 @cli.command()
@@ -205,9 +228,9 @@ def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed
 
 def _verify(
     source: str,
-    candidate: str,
+    candidates: tuple[str, ...],
     report: str | None,
-    profile: str | None,
+    profiles: tuple[str, ...],
     names: tuple[str, ...],
     through: str | None,
     arithmetic: str,
@@ -217,38 +240,45 @@ def _verify(
     dry_run: bool,
 ) -> None:
     from ..convert.source import fetch, resolve
-    from .candidates import inspect, require_same_model
-    from .cases import DEFAULT_SEED, select, suite
+    from .candidates import require_same_model
+    from .cases import DEFAULT_SEED
+    from .chain import ChainLink, find_links
     from .device import accept
-    from .judge import default_profile, load_profile
+    from .judge import load_profile, suited
     from .prompts import has_processor
 
-    thresholds = load_profile(profile or default_profile(arithmetic))
+    thresholds = [load_profile(name) for name in profiles]
     with _about("--reference"):
         reference = resolve(source)
-    with _about("--candidate"):
-        other = resolve(candidate)
     directory = reference.directory
-    found = inspect(other.directory, through, arithmetic)
-    config = require_same_model(directory, found)
-    accepted = accept(*device, found.path, directory) if device else None
-    plans = select(suite(config, found.limits), names)
-    real = has_processor(directory)
+    given = []
+    for candidate in candidates:
+        with _about("--candidate"):
+            other = resolve(candidate)
+        given.append((_called(candidate, other), other.directory))
+    links: list[ChainLink] = find_links(given, through, arithmetic, names)
+    for link in links:
+        require_same_model(directory, link.found)
+    if device:
+        bundles = [link for link in links if link.found.kind == "bundle"] or links
+        bundles[-1].device = accept(*device, bundles[-1].found.path, directory)
     seed = DEFAULT_SEED if seed is None else seed
-    shown = _called(source, reference), _called(candidate, other)
-    arguments = {
-        "reference": f"{shown[0]} (revision {reference.revision})" if reference.revision else shown[0],
-        "candidate": f"{shown[1]} ({found.kind}{_how(found)})",
+    shown = _called(source, reference)
+    real = has_processor(directory)
+    fitting = [suited(thresholds, {"arithmetic": link.found.arithmetic}) for link in links]
+    arguments: dict[str, Any] = {
+        "reference": f"{shown} (revision {reference.revision})" if reference.revision else shown,
+        "candidate": "; ".join(f"{link.path} ({link.found.kind}{_how(link.found)})" for link in links),
         "report": report or "(none: dry run)",
-        "profile": thresholds.name,
-        "cases": ", ".join(plan.name for plan in plans),
+        "profile": ", ".join(dict.fromkeys(profile.name for profile in fitting)),
+        "cases": ", ".join(dict.fromkeys(plan.name for link in links for plan in link.plans)),
         "inputs": "real prompts and drawn pictures" if real else "seeded token ids and patches",
         "seed": seed,
-        "context": found.limits.context,
-        "prefill chunk": found.limits.chunk,
+        "context": links[0].found.limits.context,
+        "prefill chunk": links[0].found.limits.chunk,
     }
     if dry_run:
-        _show_plan(arguments, plans, as_json)
+        _show_plan(arguments, links[0].plans, as_json)
         return
     require_packages("torch", "transformers", "jinja2", "matplotlib")
     for name, value in arguments.items():
@@ -259,46 +289,13 @@ def _verify(
     )  # a report that cannot be written is known before the work
     with _about("--reference"):
         stored = fetch(reference).dtype  # of a repository, this downloads what is not there yet
-    run = _run(directory, found, plans, real, seed)
-    run["reference"] |= {"path": shown[0], "revision": reference.revision, "stored": stored}
-    run["candidate"]["path"] = shown[1]
-    if accepted:
-        run["device"] = accepted
-    from .judge import judge as verdict_on
-
-    _conclude(run, verdict_on(run, thresholds), thresholds, report, as_json)
-
-
-def _run(directory: Path, found: Any, plans: list[Any], real: bool, seed: int) -> dict[str, Any]:
-    from .candidates import open_candidate
-    from .cases import SeededSource
-    from .prompts import ProcessorSource
-    from .runner import merged, provenance, run_suite
-
-    started = time.time()
-    say("loading the Torch reference")
     try:
-        import torch
-
-        from .oracle import build_oracle
+        from .chain import run_chain
     except ImportError as e:
         raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
-    oracle = build_oracle(directory)
-    rounded = build_oracle(directory, getattr(torch, found.rounded)) if found.rounded else None
-    say(f"loading the candidate ({found.kind})")
-    candidate = open_candidate(found)
-    source = ProcessorSource(directory, oracle.config) if real else SeededSource(oracle.config)
-    done = iter(range(1, len(plans) + 1))
-    run = run_suite(
-        oracle,
-        candidate,
-        plans,
-        source,
-        seed,
-        lambda text: say(f"[{next(done)}/{len(plans)}] {text}"),
-        rounded,
-    )
-    return merged(run, provenance(directory, found, started))
+    run, spool = run_chain(directory, links, seed, Path(report), say)
+    run["reference"] |= {"path": shown, "revision": reference.revision, "stored": stored}
+    _conclude(run, thresholds, report, as_json, spool.remove)
 
 
 @contextmanager
@@ -321,17 +318,27 @@ def _called(value: str, source: Any) -> str:
     return value if Path(value).is_dir() else source.name
 
 
-def _conclude(run: dict[str, Any], verdict: Any, profile: Any, report: str | None, as_json: bool) -> None:
+def _conclude(
+    run: dict[str, Any],
+    profiles: list[Any],
+    report: str | None,
+    as_json: bool,
+    written: Callable[[], None] = lambda: None,
+) -> None:
+    """Judges and reports; `written` is called when the report is there."""
+    from .judge import judge_run
     from .report import terminal_table, verdict_json, write_report
 
+    judgement = judge_run(run, profiles)
     click.echo(err=as_json)
-    click.echo(terminal_table(run, verdict), err=as_json)
+    click.echo(terminal_table(run, judgement), err=as_json)
     if report:
-        page = write_report(Path(report), run, verdict, profile)
+        page = write_report(Path(report), run, judgement)
+        written()
         click.echo(f"report: {page}", err=as_json)
     if as_json:
-        click.echo(verdict_json(run, verdict))
-    sys.exit(OK if verdict.passed else PARITY_FAILED)
+        click.echo(verdict_json(run, judgement))
+    sys.exit(OK if judgement.passed else PARITY_FAILED)
 
 
 def _show_plan(arguments: dict[str, Any], plans: list[Any], as_json: bool) -> None:
@@ -374,7 +381,7 @@ def errors() -> Iterator[None]:
     except ValueError as e:
         _fail(BAD_INPUT, str(e))
     except KeyboardInterrupt:  # click would end with 1, which here means that parity failed
-        _fail(INTERRUPTED, "interrupted; no report was written")
+        _fail(INTERRUPTED, "interrupted; the same command goes on where it was")
     except MemoryError:
         _fail(ENVIRONMENT, "not enough memory for the reference and the candidate; close other programs")
     except BrokenPipeError:  # nobody reads on: click ends quietly

@@ -15,7 +15,7 @@ import numpy as np
 from ..export.bundle import MANIFEST
 from ..export.device import device_play, device_report
 from ..export.device.device_pack import Pack, file_hash, read_pack
-from .runner import file_hashes
+from .runs import file_hashes
 
 REQUIRED = ("files", "pack")  # rungs without which nobody knows which weights ran
 STAGES = ("vision", "prefill", "decode")  # rungs in whose order observations count; a later one has more

@@ -25,9 +25,9 @@ import numpy as np
 from ..convert.manifest import content_hash
 from ..export.bundle import Bundle
 from .candidates import ModelCandidate, inspect
-from .cases import SUITE_VERSION, Case, Plan, Source, build
+from .cases import SUITE_VERSION, Case, Plan, Source, build, inputs_hash
 from .judge import Gate, Profile, network_order
-from .runner import compared, inputs_hash
+from .runner import compared
 from .sealed import Kind
 
 NAME = "envelope.json"
@@ -70,7 +70,7 @@ def measure(
         case = build(plan, source, inputs_seed)
         progress(f"{plan.name}: {plan.what}")
         figures[plan.name], places = _spread(case, exact, noisy, noise, seeds)
-        cases.append({"name": plan.name, "inputs_sha256": inputs_hash(case), "places": places})
+        cases.append({"name": plan.name, "inputs_sha256": inputs_hash(case.inputs), "places": places})
     return {
         "bundle": identity(Bundle.load(directory)),
         "dtype": found.rounded,
@@ -114,6 +114,7 @@ def limits(envelope: dict[str, Any]) -> Profile:
         f"what noise of up to {envelope['noise']['units_in_the_last_place'][1]} units in the last place of "
         f"{envelope['dtype']} after every operator does at most, over {seeds} seeds, with a margin",
         tuple(Gate(tap, metric, limit) for (tap, metric), limit in found.items()),
+        "rounded",
     )
 
 

@@ -31,7 +31,7 @@ from .interpreted import InterpretedGraph
 from .mindir import Noise
 from .mindir.interpreter import Arithmetic
 from .oracle import Oracle
-from .runner import file_hashes
+from .runs import file_hashes
 
 CASES = ("text", "image", "chunks", "bucket", "batch", "steps")
 LOW = ("bfloat16", "float16")

@@ -15,8 +15,8 @@ import fnmatch
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from .metrics import NOT_A_TIE
 # In network order; "layers.0" and "router.0" stand for those of every layer.
 TAPS = (
     *("vision_out", "projector_out", "inputs_embeds", "router.0", "layers.0"),
-    *("logits", "perplexity", "greedy", "tapped_logits", "comparable"),
+    *("logits", "perplexity", "greedy", "tapped_logits", "comparable", "weights"),
 )
 PROFILES = Path(__file__).parent / "profiles"
 SUITE = "suite"  # the case of a finding that is on all cases together
+ON_DEVICE = " on the device"  # ends the case of a finding of a device's report
+WEIGHTS = "weights"  # and of the one on the weights' bits, which no case ran for
 
 
 class ProfileError(ValueError):
@@ -57,9 +59,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Profile:
+    """`arithmetic`: what it is for, "lifted" (fp32) or "rounded"; empty: both."""
+
     name: str
     what: str
     gates: tuple[Gate, ...]
+    arithmetic: str = ""
 
     def limit(self, tap: str, metric: str) -> float | None:
         """What is allowed, where a gate says so."""
@@ -86,9 +91,10 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """`findings` in the order of cases, taps in network order; `notes` is what a reader must know beside them."""
+    """On one link: `findings` in the order of cases, taps in network order; `notes` is what a reader must know beside
+    them."""
 
-    profile: str
+    profile: Profile
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -108,16 +114,43 @@ class Verdict:
     def of_case(self, name: str) -> list[Finding]:
         return [f for f in self.findings if f.case == name]
 
-    def to_dict(self) -> dict[str, Any]:
-        bad = self.first_bad
-        return {
-            "passed": self.passed,
-            "profile": self.profile,
-            "first_bad": asdict(bad) if bad else None,
-            "failures": [asdict(f) for f in self.failures],
-            "notes": self.notes,
-            "checks": len(self.findings),
-        }
+
+@dataclass(frozen=True)
+class Judgement:
+    """On a whole run: `verdicts` in the order of its links."""
+
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def checks(self) -> int:
+        return sum(len(verdict.findings) for verdict in self.verdicts)
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [f for verdict in self.verdicts for f in verdict.failures]
+
+    @property
+    def notes(self) -> list[str]:
+        """Each once, in the order of links."""
+        return list(dict.fromkeys(note for verdict in self.verdicts for note in verdict.notes))
+
+    @property
+    def bad_link(self) -> int | None:
+        """The first link of the chain that failed."""
+        return next((n for n, verdict in enumerate(self.verdicts) if not verdict.passed), None)
+
+    @property
+    def first_bad(self) -> Finding | None:
+        """The first bad place of that link."""
+        return None if self.bad_link is None else self.verdicts[self.bad_link].first_bad
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        return {verdict.profile.name: verdict.profile for verdict in self.verdicts}
 
 
 def network_order(tap: str) -> tuple[int, int, int]:
@@ -143,13 +176,12 @@ def describe_tap(tap: str) -> str:
         "comparable": "comparable tokens",
         "greedy": "greedy generation",
         "error": "the candidate's call",
+        "weights": "the weights",
     }
     return names.get(stem, stem)
 
 
-def default_profile(arithmetic: str | None) -> str:
-    """The name of the profile for a candidate's arithmetic."""
-    return "bf16" if arithmetic == "rounded" else "strict"
+DEFAULTS = {"lifted": "strict", "rounded": "bf16"}  # by arithmetic
 
 
 def load_profile(name: str) -> Profile:
@@ -168,7 +200,10 @@ def load_profile(name: str) -> Profile:
     except ValueError as e:
         raise ProfileError(f"{path}: is not valid JSON ({e})") from None
     try:
-        profile = Profile(raw["name"], raw["what"], tuple(Gate(**gate) for gate in raw["gates"]))
+        gates = tuple(Gate(**gate) for gate in raw["gates"])
+        profile = Profile(raw["name"], raw["what"], gates, raw.get("arithmetic", ""))
+        if profile.arithmetic not in ("", *DEFAULTS):
+            raise TypeError(f"arithmetic is {profile.arithmetic!r}, expected {' or '.join(DEFAULTS)}")
         for gate in profile.gates:
             if isinstance(gate.at_most, bool) or not isinstance(gate.at_most, int | float):
                 raise TypeError(f"at_most is {gate.at_most!r}, expected a number")
@@ -184,27 +219,56 @@ def load_profile(name: str) -> Profile:
     return profile
 
 
-def judge(run: dict[str, Any], profile: Profile) -> Verdict:
-    """Holds a run against a profile.
+def suited(profiles: Sequence[Profile], candidate: dict[str, Any]) -> Profile:
+    """The first of the profiles that is for a candidate's arithmetic, else the default one for it."""
+    arithmetic = candidate.get("arithmetic", "lifted")
+    fits = (profile for profile in profiles if profile.arithmetic in ("", arithmetic))
+    return next(fits, None) or load_profile(DEFAULTS[arithmetic])
+
+
+def judge_run(run: dict[str, Any], profiles: Sequence[Profile] = ()) -> Judgement:
+    """Holds each link of a run against the profile that suits it, see :func:`suited`.
+
+    Raises:
+        ProfileError: a gate asks for a metric that the run does not have, or a profile is for no link.
+    """
+    kinds = {link["candidate"].get("arithmetic", "lifted") for link in run["links"]}
+    for profile in profiles:
+        if profile.arithmetic not in ("", *kinds):
+            raise ProfileError(
+                f"--profile: {profile.name} is for {profile.arithmetic} arithmetic, but what the run executed is "
+                f"{' and '.join(sorted(kinds))}"
+            )
+    verdicts = []
+    for link in run["links"]:
+        verdict = judge(link, suited(profiles, link["candidate"]))
+        stored, held = run["reference"]["stored"], link["candidate"]["dtype"]
+        if stored != held:
+            verdict.notes.insert(
+                0, f"the checkpoint's weights are {stored}, the candidate's {held}: they differ by rounding"
+            )
+        verdicts.append(verdict)
+    return Judgement(tuple(verdicts))
+
+
+def judge(link: dict[str, Any], profile: Profile) -> Verdict:
+    """Holds a link, as :func:`run_suite` gives it, against a profile.
 
     Raises:
         ProfileError: a gate asks for a metric that the run does not have.
     """
-    verdict = Verdict(profile.name)
-    promised = bool(run["candidate"]["taps"])
-    stored, held = run["reference"]["stored"], run["candidate"]["dtype"]
-    if stored != held:
-        verdict.notes.append(
-            f"the checkpoint's weights are {stored}, the candidate's {held}: they differ by rounding"
-        )
-    if not run["cases"]:
+    verdict = Verdict(profile)
+    promised = bool(link["candidate"]["taps"])
+    if not link["cases"]:
         verdict.findings.append(Finding("-", "error", "cases", 0, 1, False, "no case was run at all"))
-    for case in run["cases"]:
+    for case in link["cases"]:
         verdict.findings += _judge_case(case, profile, promised, verdict.notes)
-    verdict.findings += _judge_suite(run["cases"], profile)
-    if "device" in run:
-        verdict.findings += _judge_device(run["device"], verdict.notes)
-    missing = sorted({tap for case in run["cases"] for tap in case["missing"]}, key=network_order)
+    verdict.findings += _judge_suite(link["cases"], profile)
+    if link.get("weights"):
+        verdict.findings.append(_judge_weights(link["weights"], verdict.notes))
+    if "device" in link:
+        verdict.findings += _judge_device(link["device"], verdict.notes)
+    missing = sorted({tap for case in link["cases"] for tap in case["missing"]}, key=network_order)
     if missing and not promised:
         kinds = {"router": "choices of experts", "layers": "hidden states of the decoder layers"}
         words = dict.fromkeys(kinds.get(tap.split(".")[0], describe_tap(tap)) for tap in missing)
@@ -212,14 +276,14 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
             f"not available in this candidate, so not judged: {', '.join(words)} "
             "(export with --taps to have them); logits and tokens were judged"
         )
-    if unwitnessed := run["candidate"].get("unwitnessed"):
+    if unwitnessed := link["candidate"].get("unwitnessed"):
         verdict.notes.append(
             f"unwitnessed operators: {', '.join(unwitnessed)}; the rules that executed them rest on documents and on "
             "second formulations of this project alone"
         )
-    for skipped in run["suite"]["skipped"]:
+    for skipped in link["suite"]["skipped"]:
         verdict.notes.append(f"case {skipped['name']} did not run: {skipped['why']}")
-    for layer in run["suite"]["experts"]:
+    for layer in link["suite"]["experts"]:
         if layer["used"] < layer["of"]:
             verdict.notes.append(
                 f"decoder layer {layer['layer']}: {layer['used']} of {layer['of']} experts were used by any case; "
@@ -228,25 +292,38 @@ def judge(run: dict[str, Any], profile: Profile) -> Verdict:
     return verdict
 
 
+def _judge_weights(weights: dict[str, Any], notes: list[str]) -> Finding:
+    """One finding on all of them."""
+    wrong = [f"{e['name']} ({e['values']} values, first at {e['at']})" for e in weights["different"]]
+    wrong += [f"{name} is missing" for name in weights["missing"]]
+    wrong += [f"{name} belongs to nothing of the checkpoint" for name in weights["unknown"]]
+    count = weights["different_parameters"] + len(weights["missing"]) + len(weights["unknown"])
+    if weights["rounded_to"]:
+        notes.append(f"weights were held against the checkpoint's rounded to {weights['rounded_to']}")
+    first = wrong[0] if wrong else ""
+    says = f"weights: {count} of {weights['parameters']} parameters are not bit for bit the checkpoint's: {first}"
+    if count > 1:
+        says += f" and {count - 1} more"
+    return Finding(WEIGHTS, "weights", "different_parameters", count, 0, count == 0, says if wrong else "")
+
+
 def _judge_device(device: dict[str, Any], notes: list[str]) -> Iterator[Finding]:
     """A device's own figures, with the limits of its pack; of its rungs those without which they say nothing."""
     rungs = {rung["name"]: rung for rung in device["rungs"]}
     for name in device["required"]:
         if rungs.get(name, {}).get("status") != "passed":
             says = f"rung {name} of the device's report did not pass: {rungs.get(name, {}).get('says', 'it did not run')}"
-            yield Finding("device", "error", "raised", says, 0, False, says)
+            yield Finding("ladder" + ON_DEVICE, "error", "raised", says, 0, False, says)
     for rung in device["rungs"]:
         if rung["status"] == "failed" and rung["name"] not in device["required"]:
             notes.append(f"device, rung {rung['name']} failed: {rung['says']}")
     for case in device["cases"]:
         for tap in case["missing"]:
             says = "the device's report does not have it at every place that the pack asks for"
-            yield Finding(f"{case['name']} on the device", tap, "missing", 1, 0, False, says)
+            yield Finding(case["name"] + ON_DEVICE, tap, "missing", 1, 0, False, says)
     for f in device_findings(device):
         says = "NaN or infinity" if f["metric"] == "nonfinite" else ""
-        yield Finding(
-            f"{f['case']} on the device", f["tap"], f["metric"], f["value"], f["limit"], f["ok"], says
-        )
+        yield Finding(f["case"] + ON_DEVICE, f["tap"], f["metric"], f["value"], f["limit"], f["ok"], says)
 
 
 def _judge_case(

@@ -1,6 +1,6 @@
 """The verdict as JUnit XML, as GitHub's actions, GitLab and Jenkins read it.
 
-A suite per case with a test per judged tap, and before them the chain: a stage that did not run is a skipped test, never
+A suite per stage and case with a test per judged tap, and before them the chain: a stage that did not run is a skipped test, never
 a passed one. `timestamp` of the root is the run's date; everything else repeats with the figures.
 """
 
@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from .judge import Finding, Verdict, describe_tap
-from .runner import stages
+from .judge import ON_DEVICE, Finding, Judgement, Verdict, describe_tap
+from .runs import stage_name, stages
 from .summary import finding_text
 
 FORBIDDEN = re.compile(
@@ -21,23 +21,12 @@ FORBIDDEN = re.compile(
 )  # XML 1.0 has no form for these
 
 
-def render_junit(run: dict[str, Any], verdict: Verdict) -> str:
+def render_junit(run: dict[str, Any], judgement: Judgement) -> str:
     """The whole file."""
     root = ET.Element("testsuites", name="verify-parity", timestamp=_iso(run["header"]["date"]))
-    root.append(_chain(run, verdict))
-    missing = {} if run["candidate"]["taps"] else {c["name"]: c["missing"] for c in run["cases"]}
-    by_case: dict[str, list[Finding]] = {case["name"]: [] for case in run["cases"]}
-    for finding in verdict.findings:
-        by_case.setdefault(finding.case, []).append(finding)
-    for name, findings in by_case.items():
-        suite = ET.SubElement(root, "testsuite", name=_text(name))
-        for tap in dict.fromkeys(f.tap for f in findings):
-            _judged(suite, describe_tap(tap), [f for f in findings if f.tap == tap])
-        for tap in missing.get(name, ()):
-            _skipped(suite, describe_tap(tap), "not available in this candidate")
-    for skipped in run["suite"]["skipped"]:
-        suite = ET.SubElement(root, "testsuite", name=_text(skipped["name"]))
-        _skipped(suite, skipped["what"], skipped["why"])
+    root.append(_chain(run, judgement))
+    for link, verdict in zip(run["links"], judgement.verdicts):
+        _link(root, link, verdict)
     for suite in root:
         _count(suite, [suite])
     _count(root, root)
@@ -45,13 +34,33 @@ def render_junit(run: dict[str, Any], verdict: Verdict) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _chain(run: dict[str, Any], verdict: Verdict) -> ET.Element:
+def _link(root: ET.Element, link: dict[str, Any], verdict: Verdict) -> None:
+    """A suite per case, its name after that of the stage."""
+    stage = stage_name(link["candidate"])
+    missing = {} if link["candidate"]["taps"] else {c["name"]: c["missing"] for c in link["cases"]}
+    by_case: dict[str, list[Finding]] = {case["name"]: [] for case in link["cases"]}
+    for finding in verdict.findings:
+        by_case.setdefault(finding.case, []).append(finding)
+    for name, findings in by_case.items():
+        suite = ET.SubElement(
+            root, "testsuite", name=_text(name if name.endswith(ON_DEVICE) else f"{stage}: {name}")
+        )
+        for tap in dict.fromkeys(f.tap for f in findings):
+            _judged(suite, describe_tap(tap), [f for f in findings if f.tap == tap])
+        for tap in missing.get(name, ()):
+            _skipped(suite, describe_tap(tap), "not available in this candidate")
+    for skipped in link["suite"]["skipped"]:
+        suite = ET.SubElement(root, "testsuite", name=_text(f"{stage}: {skipped['name']}"))
+        _skipped(suite, skipped["what"], skipped["why"])
+
+
+def _chain(run: dict[str, Any], judgement: Judgement) -> ET.Element:
     """What ran where, with which versions, and the notes."""
     suite = ET.Element("testsuite", name="chain")
-    told = {"profile": verdict.profile, "reference": run["reference"]["path"]}
-    told |= {"candidate": run["candidate"]["path"]}
+    told = [("profile", name) for name in judgement.profiles] + [("reference", run["reference"]["path"])]
+    told += [("candidate", link["candidate"]["path"]) for link in run["links"]]
     properties = ET.SubElement(suite, "properties")
-    for name, value in (told | run["environment"]).items():
+    for name, value in [*told, *run["environment"].items()]:
         ET.SubElement(properties, "property", name=name, value=_text(value or "not installed"))
     for stage in stages(run):
         if stage["ran"]:
@@ -59,8 +68,8 @@ def _chain(run: dict[str, Any], verdict: Verdict) -> ET.Element:
             ET.SubElement(test, "system-out").text = _text(stage["where"])
         else:
             _skipped(suite, stage["stage"], stage["where"])
-    if verdict.notes:
-        ET.SubElement(suite, "system-out").text = _text("\n".join(verdict.notes))
+    if judgement.notes:
+        ET.SubElement(suite, "system-out").text = _text("\n".join(judgement.notes))
     return suite
 
 

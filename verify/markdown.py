@@ -10,35 +10,60 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .judge import Verdict
-from .summary import CASE_HEAD, case_cells, finding_text, first_failures, sentence, summary
+from .judge import Judgement
+from .summary import (
+    CASE_HEAD,
+    STAGE_HEAD,
+    case_cells,
+    finding_text,
+    first_failures,
+    perplexity_cells,
+    sentence,
+    stage_cells,
+    summary,
+)
 
 LISTED = 20  # failures and notes, each; a comment on GitHub has at most 65,536 characters
 LONGEST = 250  # characters of one of them, each up to 5 when escaped: what a candidate raised can be long
 MARKUP = re.compile(r"([\\`*_\[\]|~])")
 
 
-def render_markdown(run: dict[str, Any], verdict: Verdict) -> str:
+def render_markdown(run: dict[str, Any], judgement: Judgement) -> str:
     """The whole text."""
-    shown = summary(run, verdict)
-    word, told = sentence(verdict).split(": ", 1)
-    reference, candidate = run["reference"], run["candidate"]
+    shown = summary(run, judgement)
+    word, told = sentence(run, judgement).split(": ", 1)
+    reference = run["reference"]
     revision = f", revision {reference['revision']}" if reference["revision"] else ""
-    held = f"{candidate['kind']} {candidate['path']} held against the Torch reference of {reference['path']}"
-    lines = [f"## Parity: {word}", "", f"**{_plain(told)}**", "", _plain(held + revision), ""]
-    lines += _table(("stage", "where it ran"), ((s["stage"], s["where"]) for s in shown["stages"]))
-    lines += _table(CASE_HEAD, map(case_cells, shown["cases"]))
+    named = (f"{link['candidate']['kind']} {link['candidate']['path']}" for link in run["links"])
+    held = (
+        f"{', '.join(dict.fromkeys(named))} held against the Torch reference of {reference['path']}{revision}"
+    )
+    lines = [f"## Parity: {word}", "", f"**{_plain(told)}**", "", _plain(held), ""]
+    lines += _table(STAGE_HEAD, map(stage_cells, shown["stages"]))
+    for link in shown["links"]:
+        if len(shown["links"]) > 1:
+            lines += [f"#### {_plain(link['stage'])}: {_plain(link['path'])}", ""]
+        lines += _table(CASE_HEAD, map(case_cells, link["cases"]))
     lines += ["Distances are relative L2 against the reference in fp32; (n) is the decoder layer.", ""]
+    if shown["perplexity"]:
+        head = ("perplexity", "text", "reference", *(link["stage"] for link in shown["links"]))
+        lines += _table(head, map(perplexity_cells, shown["perplexity"]))
     failures = [
-        f"{f.case}, {f.where}: {finding_text(f)}" + (f"; {more} more checks failed" if more else "")
-        for f, more in first_failures(verdict, shown["cases"])
+        (f"{stage}: " if len(run["links"]) > 1 else "")
+        + f"{f.case}, {f.where}: {finding_text(f)}"
+        + (f"; {more} more checks failed" if more else "")
+        for stage, f, more in first_failures(run, judgement)
     ]
     lines += _list("Failed checks", failures, "verdict.json")
-    if "unwitnessed" in candidate:
-        lines += [f"Unwitnessed operators: {_plain(', '.join(candidate['unwitnessed']) or 'none')}", ""]
-    lines += _list("To be known", verdict.notes, "report.html")
+    unwitnessed = [
+        link["candidate"]["unwitnessed"] for link in run["links"] if "unwitnessed" in link["candidate"]
+    ]
+    if unwitnessed:
+        operators = sorted({name for names in unwitnessed for name in names})
+        lines += [f"Unwitnessed operators: {_plain(', '.join(operators) or 'none')}", ""]
+    lines += _list("To be known", judgement.notes, "report.html")
     versions = (f"{name} {version or 'not installed'}" for name, version in run["environment"].items())
-    lines.append(_plain(f"Profile {verdict.profile}; {', '.join(versions)}"))
+    lines.append(_plain(f"Profile {' and '.join(judgement.profiles)}; {', '.join(versions)}"))
     return "\n".join(lines) + "\n"
 
 

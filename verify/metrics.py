@@ -25,6 +25,8 @@ class GreedyRun(Protocol):
 # mean), and a gap is a difference of two.
 ROUTING_TIE = 4e-6
 
+GAP_EDGES = tuple(10.0**n for n in range(-8, 1))  # of a count of gaps by size
+
 NOT_A_TIE = 1e9  # stands for an infinite margin: JSON knows none
 
 TOP_K = 5  # of the vocabulary, for the overlap
@@ -204,13 +206,14 @@ def routing_metrics(
         `places`; `agreement`, the fraction of places with the same set of experts; `overlap`, the mean share of
         common experts; `min_gap`, the nearest decision of the reference; `flips`, places with another set, with
         their gap, largest first (at most 100), their number `flipped` and `flipped_share`, of which `ties` are nearer than
-        :data:`ROUTING_TIE` and `wrong` are not; `max_flip_gap`, 0 without flips.
+        :data:`ROUTING_TIE` and `wrong` are not; `max_flip_gap`, 0 without flips; `gaps`, how many places have a gap of up
+        to 1e-8, 1e-7, ... 1 and more.
     """
     _require_shape(reference, candidate)
     r, c = np.sort(reference[where], -1), np.sort(candidate[where], -1)
     places = len(r)
     if not places:
-        counts = {"flipped": 0, "ties": 0, "wrong": 0, "flips": []}
+        counts = {"flipped": 0, "ties": 0, "wrong": 0, "flips": [], "gaps": [0] * (len(GAP_EDGES) + 1)}
         names = ("agreement", "overlap", "min_gap", "max_flip_gap", "flipped_share")
         return {"places": 0, **dict.fromkeys(names), **counts}
     flipped = (r != c).any(-1)
@@ -231,6 +234,7 @@ def routing_metrics(
         "ties": ties,
         "wrong": len(flips) - ties,
         "flips": flips[:LISTED],
+        "gaps": np.bincount(np.digitize(gaps, GAP_EDGES, right=True), minlength=len(GAP_EDGES) + 1).tolist(),
     }
 
 

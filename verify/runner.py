@@ -1,27 +1,18 @@
-"""A run: the same cases through the reference and a candidate, kept as raw figures in one JSON file.
-
-A run holds no verdict, so that it can be judged again with other thresholds. `header` holds what differs from one run
-to the next (date, times, machine); everything else repeats.
-"""
+"""The same cases through the reference and a candidate, as raw figures: one link of the chain."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..modeling.configuration import ModelConfig
-from .candidates import Candidate, Found
-from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts
+from .candidates import Candidate
+from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts, inputs_hash
 from .metrics import (
     comparable_places,
     greedy_metrics,
@@ -31,14 +22,9 @@ from .metrics import (
     settled_places,
     tensor_metrics,
 )
-from .sealed import Kind
+from .spool import Spool
 
-FORMAT, VERSION = "kimi_vl-parity-run", 1
 LONGEST_COVER = 512  # tokens of the case that looks for every expert
-
-
-class RunError(ValueError):
-    """A run file that is damaged or none."""
 
 
 class Reference(Protocol):
@@ -59,13 +45,18 @@ def run_suite(
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
     rounded: Reference | None = None,
+    other: Reference | None = None,
+    spool: tuple[Spool, str] | None = None,
 ) -> dict[str, Any]:
-    """Raw figures of every plan that the candidate can run, without provenance (see :func:`provenance`).
+    """Raw figures of every plan that the candidate can run: a link of a run, without its name and files.
 
     A candidate that raises is recorded as the case's `error`; the reference's errors are raised.
 
     Args:
         rounded: the reference in the candidate's dtype; what rounding costs it is then each case's `calibration`.
+        other: the reference by other kernels; how far they are apart is then each case's `noise`.
+        spool: where cases are kept as soon as they are done, and the link's name there. Cases that are there are not
+            run again.
     """
     config = reference.config
     used = [set[int]() for _ in config.text.moe_layers]
@@ -74,20 +65,16 @@ def run_suite(
         if plan.impossible:
             skipped.append({"name": plan.name, "what": plan.what, "why": plan.impossible})
             continue
-        progress(f"{plan.name}: {plan.what}")
-        started = time.perf_counter()
-        case, taps = _reference_taps(reference, candidate, plan, source, seed)
-        greedy = reference.greedy(case.inputs, case.new_tokens) if case.new_tokens else None
-        halfway = time.perf_counter()
-        for layer, of_layer in zip(used, taps.get("router_topk_indices", ())):
-            layer.update(np.unique(of_layer[of_layer >= 0]).tolist())
-        cases.append(_compare(case, taps, greedy, candidate, config))
-        if rounded is not None:
-            cases[-1]["calibration"] = compared(case, taps, rounded.run(case.inputs), config)[0]
-        seconds[plan.name] = {
-            "reference": round(halfway - started, 3),
-            "candidate": round(time.perf_counter() - halfway, 3),
-        }
+        done = spool[0].case(spool[1], plan.name) if spool else None
+        progress(f"{plan.name}: {plan.what}" + (" (done before)" if done else ""))
+        if done is None:
+            done = _run_case(reference, candidate, plan, source, seed, rounded, other)
+            if spool:
+                spool[0].save_case(spool[1], plan.name, done)
+        for layer, experts in zip(used, done["experts"]):
+            layer.update(experts)
+        cases.append(done["case"])
+        seconds[plan.name] = done["seconds"]
     layers = [
         {"layer": n, "used": len(of), "of": config.text.n_routed_experts}
         for n, of in zip(config.text.moe_layers, used)
@@ -99,6 +86,35 @@ def run_suite(
         "suite": suite | {"experts": layers},
         "cases": cases,
     }
+
+
+def _run_case(
+    reference: Reference,
+    candidate: Candidate,
+    plan: Plan,
+    source: Source,
+    seed: int,
+    rounded: Reference | None,
+    other: Reference | None,
+) -> dict[str, Any]:
+    """A case's record, the experts that the reference used in each MoE layer, and the time that each side took."""
+    started = time.perf_counter()
+    case, taps = _reference_taps(reference, candidate, plan, source, seed)
+    greedy = reference.greedy(case.inputs, case.new_tokens) if case.new_tokens else None
+    halfway = time.perf_counter()
+    record = _compare(case, taps, greedy, candidate, reference.config)
+    took = {
+        "reference": round(halfway - started, 3),
+        "candidate": round(time.perf_counter() - halfway, 3),
+    }
+    if rounded is not None:
+        record["calibration"] = compared(case, taps, rounded.run(case.inputs), reference.config)[0]
+    if other is not None:
+        again = compared(case, taps, other.run(case.inputs), reference.config)[0]
+        record["noise"] = {tap: m["rel_l2"] for tap, m in again.items() if m.get("rel_l2") is not None}
+    chosen = taps.get("router_topk_indices", ())
+    experts = [np.unique(of_layer[of_layer >= 0]).tolist() for of_layer in chosen]
+    return {"case": record, "experts": experts, "seconds": took}
 
 
 def _reference_taps(
@@ -137,7 +153,7 @@ def _compare(
         "grids": case.inputs["image_grid_hws"].tolist() if "image_grid_hws" in case.inputs else [],
         "calls": list(case.calls),
         "new_tokens": case.new_tokens,
-        "inputs_sha256": inputs_hash(case),
+        "inputs_sha256": inputs_hash(case.inputs),
         "prompts": list(case.prompts),
         "taps": {},
         "missing": [],
@@ -211,112 +227,3 @@ def compared(
     places, lost = int(mask.sum()), int((mask & ~comparable[-1]).sum())
     out["comparable"] = {"places": places, "excluded": lost, "excluded_share": lost / places}
     return out, missing
-
-
-def inputs_hash(case: Case) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(case.inputs):
-        array = np.ascontiguousarray(case.inputs[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-# ---- provenance -----------------------------------------------------------------------------------------------------
-
-
-def provenance(reference: Path, found: Found, started: float) -> dict[str, Any]:
-    """Where a run comes from: the files compared with their hashes, versions, and what ran on which hardware."""
-    packages: dict[str, str | None] = {}
-    for package in ("kimi-vl", "mindspore", "torch", "transformers", "numpy", "safetensors"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    return {
-        "header": {
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(started)),
-            "took_seconds": round(time.time() - started, 1),
-            "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        },
-        "environment": {"python": platform.python_version(), **packages},
-        "reference": {
-            "class": "transformers Kimi_K25ForConditionalGeneration",
-            "runs_on": f"Torch {packages['torch']} on CPU",
-            "dtype": "float32",
-            "files": file_hashes(reference),
-        },
-        "candidate": {"files": file_hashes(found.path)},
-    }
-
-
-def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of what a model is made of: configurations, indexes, manifests, weights, graphs."""
-    kinds = (".json", ".safetensors", ".mindir", ".ckpt")
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.suffix in kinds:
-            digest = hashlib.sha256()
-            with open(path, "rb") as f:
-                while block := f.read(1 << 22):
-                    digest.update(block)
-            found[path.relative_to(directory).as_posix()] = {
-                "bytes": path.stat().st_size,
-                "sha256": digest.hexdigest(),
-            }
-    return found
-
-
-def stages(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chain from Torch to the device: what this run executed, and what it did not."""
-    candidate = run["candidate"]
-    names = {
-        "network": "MindSpore graphs",
-        "bundle": "Reloaded CPU MindIR",
-        "interpreter": "Interpreted MindIR",
-    }
-    ran = names.get(candidate["stage"])
-    chain = [{"stage": "Torch reference", "ran": True, "where": f"{run['reference']['runs_on']}, fp32"}]
-    for stage in names.values():
-        here = stage == ran
-        chain.append({"stage": stage, "ran": here, "where": candidate["runs_on"] if here else "did not run"})
-    device = bool(candidate.get("on_device"))
-    where = candidate["runs_on"] if device else "did not run: no Ascend device took part"
-    if "device" in run:
-        from .device import where as device_where  # it takes file hashes from here
-
-        device, where = device_where(run["device"])
-    chain.append({"stage": "Ascend device", "ran": device, "where": where})
-    return chain
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def merged(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Dictionaries put together, one level of nesting deep."""
-    whole: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            if isinstance(value, dict) and isinstance(whole.get(key), dict):
-                whole[key] = whole[key] | value
-            else:
-                whole[key] = value
-    return whole
-
-
-def save_run(run: dict[str, Any], path: Path) -> None:
-    """Writes the run with a digest of its content; the file appears whole or not at all."""
-    _FILE.save(run, path)
-
-
-def load_run(path: Path) -> dict[str, Any]:
-    """A saved run.
-
-    Raises:
-        RunError: the file is missing, is no run, is damaged, or comes from another version.
-    """
-    return _FILE.load(path)
-
-
-_FILE = Kind(FORMAT, VERSION, "run", "the run.json of a report directory", "run it again", RunError)

@@ -151,7 +151,7 @@ def load_published(network: torch.nn.Module, directory: str | Path, config: Mode
         OracleError: as :func:`build_oracle`.
     """
     directory = Path(directory)
-    files = _tensor_files(directory)
+    files = tensor_files(directory)
     pieces = list(table(config))
     state = network.state_dict()
     _require_same_names("Torch reference", _filled(state), {p.oracle for p in pieces})
@@ -175,7 +175,7 @@ def load_published(network: torch.nn.Module, directory: str | Path, config: Mode
             raise OracleError(f"{path}: cannot be read as safetensors ({e})") from None
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(directory: Path) -> dict[str, Path]:
     """Published tensor name -> the file that holds it."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
