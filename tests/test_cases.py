@@ -18,6 +18,7 @@ from kimi_vl.verify.cases import (
     SeededSource,
     build,
     cover_experts,
+    fitted,
     select,
     suite,
 )
@@ -68,6 +69,48 @@ def test_the_suite_has_what_a_prefill_alone_does_not_show():
     assert max(case("pieces").calls[1:]) > 1
     bucket = case("bucket")
     assert bucket.calls[0] < LIMITS.contexts[0] < bucket.inputs["input_ids"].shape[1]
+
+
+def test_prompts_end_on_both_sides_of_every_border():
+    """Of the prefill chunk, of the first cache length, of the last."""
+    borders = case("borders")
+    first = borders.inputs["attention_mask"][:, : borders.calls[0]].sum(1).tolist()
+    assert first == [47, 48, 49, 63, 64, 65] and borders.calls[1:] == (1, 1)
+    assert case("edge").inputs["input_ids"].shape == (1, 512)
+    last = case("last-token")
+    assert last.inputs["input_ids"].shape == (1, 511) and last.new_tokens == 1
+    small = {p.name: p for p in suite(CONFIG, Limits(contexts=(32,), chunk=32, patches=256))}
+    assert small["borders"].impossible == "the context of 32 has no border"
+
+
+def test_a_page_is_as_large_as_the_candidate_takes_and_a_case_of_its_own_where_that_takes_long():
+    def pages(**limits):
+        plans = {p.name: p for p in suite(CONFIG, Limits(**limits))}
+        return {
+            name: (plans[name].grids[0], plans[name].by_default)
+            for name in ("page", "full-page")
+            if name in plans
+        }
+
+    assert pages(contexts=(256, 512, 1024), patches=1408) == {
+        "page": ((38, 26), True),
+        "full-page": ((44, 30), False),
+    }
+    large = pages(contexts=(4096,), patches=5376)
+    assert large == {"page": ((38, 26), True), "full-page": ((88, 60), False)}
+    assert pages(contexts=(256,), patches=5376) == {
+        "page": ((32, 22), True)
+    }  # beside a question in the context
+
+
+def test_a_natural_prompt_that_turns_out_too_long_is_not_run():
+    class Wordy(SeededSource):
+        def _ids(self, row, rng):
+            return rng.choice(self.ordinary, 500)
+
+    plan = PLANS["text"]
+    assert fitted(plan, SeededSource(CONFIG), 1, CONFIG, LIMITS) == plan
+    assert fitted(plan, Wordy(CONFIG), 1, CONFIG, LIMITS).impossible == "needs a context of 532, there is 512"
 
 
 def test_texts_alone_are_scored():

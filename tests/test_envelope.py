@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
 import bundles
 import ml_dtypes
 import numpy as np
+import parity
 import pytest
 import torch
 from click.testing import CliRunner
@@ -19,14 +21,15 @@ from traced import interpreter, run
 from kimi_vl.export.bundle import Bundle
 from kimi_vl.verify import envelope as E
 from kimi_vl.verify.candidates import ModelCandidate, inspect
-from kimi_vl.verify.cases import SeededSource, select, suite
+from kimi_vl.verify.cases import SUITE_VERSION, SeededSource, select, suite
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.interpreted import InterpretedModel
-from kimi_vl.verify.judge import judge, load_profile
+from kimi_vl.verify.judge import ProfileError, judge, load_profile
 from kimi_vl.verify.mindir import Interpreter, InterpreterError, Noise
 from kimi_vl.verify.mindir.values import Value
 from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.runner import run_suite
+from kimi_vl.verify.runs import save_run
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 NAMES = ("image", "steps")
@@ -117,6 +120,25 @@ def test_a_wrong_weight_is_not(envelope):
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_envelope_of_another_version_of_the_suite_judges_no_run(envelope, tmp_path):
+    """Its limits are for other inputs; a run.json judged again says so too."""
+    envelope = envelope | {"suite": envelope["suite"] | {"version": SUITE_VERSION - 1}}
+    with pytest.raises(ProfileError) as raised:
+        judged(envelope)
+    assert str(raised.value) == (
+        f"profile envelope: its limits were measured with version {SUITE_VERSION - 1} of the suite, but the run is of "
+        f"version {SUITE_VERSION}, whose inputs are others; measure them again with verify-parity envelope"
+    )
+    E.save(envelope, tmp_path / E.NAME)
+    run = copy.deepcopy(parity.good())
+    run["links"][0]["candidate"]["arithmetic"] = "rounded"
+    save_run(run, tmp_path / "run.json")
+    result = CliRunner().invoke(
+        cli, ["judge", str(tmp_path / "run.json"), "--profile", str(tmp_path / E.NAME)]
+    )
+    assert result.exit_code == 2 and "of the suite, but the run is of version" in result.stderr
 
 
 def test_the_command_publishes_it_in_the_bundle(tmp_path):

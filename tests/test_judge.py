@@ -47,7 +47,7 @@ def test_the_reference_against_itself_passes(clean):
     verdict = judge(clean, STRICT)
     assert verdict.passed and verdict.first_bad is None and verdict.notes == []
     assert {f.case for f in verdict.findings} == {c["name"] for c in clean["cases"]}
-    assert len(clean["cases"]) == 13
+    assert len(clean["cases"]) == 18
     assert [layer["used"] for layer in clean["suite"]["experts"]] == [8, 8]
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from published import DATA, PREPROCESSOR, published_directory, write_json
 
+from kimi_vl import nano_path
 from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.modeling.processing import KimiVLProcessor
-from kimi_vl.verify.cases import CaseError, Limits, Plan, Row, build, inputs_hash, suite
-from kimi_vl.verify.prompts import PASSAGES, ProcessorSource, draw, has_processor
+from kimi_vl.verify.cases import DIALOGUE, CaseError, Limits, Plan, Row, build, inputs_hash, suite
+from kimi_vl.verify.prompts import DIALOGUES, PASSAGES, ProcessorSource, draw, draw_page, has_processor
 
 LIMITS = Limits(contexts=(256, 512, 1024), chunk=128, patches=256)
 NAMES = [plan.name for plan in suite(ModelConfig.from_file(DATA / "tiny8-bf16"), LIMITS)]
@@ -95,6 +98,40 @@ def test_pictures_are_those_of_the_plan_where_the_processor_would_scale_them(sou
 def test_a_prompt_that_cannot_hold_its_pictures_is_refused(source):
     with pytest.raises(CaseError, match="20 tokens do not hold the pictures"):
         build(Plan("x", "", (Row(((8, 8),), tokens=20),)), source)
+
+
+def test_a_conversation_is_the_processors_own(source, plans):
+    """An answer with a thinking part, a picture in both turns, a system prompt of its own."""
+    case = build(plans["turns"], source)
+    thinking, pictures, system = case.prompts
+    assert thinking.index("◁think▷") < thinking.index("◁/think▷It is 51.<|im_end|><|im_user|>")
+    first, second = pictures.split("<|im_assistant|>assistant<|im_middle|>A red circle.")
+    assert first.count("<|media_pad|>") == second.count("<|media_pad|>") == 1
+    assert system.startswith("<|im_system|>system<|im_middle|>Answer in one word.<|im_end|>")
+    assert all(prompt.endswith("<|im_assistant|>assistant<|im_middle|>") for prompt in case.prompts)
+
+
+def test_conversations_are_about_as_long_as_a_plan_takes_them_to_be():
+    source = ProcessorSource(Path(nano_path()), ModelConfig.from_file(nano_path()))
+    lengths = [len(source.made(d, [draw((2, 2), 14, np.random.default_rng(0))] * (name == "pictures") * 2)[1]["input_ids"])
+               for name, d in DIALOGUES.items()]  # fmt: skip
+    assert max(lengths) <= DIALOGUE
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (48, 34)])
+def test_a_page_has_text_a_table_and_a_figure(grid):
+    page = np.asarray(draw_page(grid, 14, np.random.default_rng(1)))
+    assert page.shape == (grid[0] * 14, grid[1] * 14, 3)
+    if grid[0] > 10:
+        grey = page.std(axis=2) < 8
+        top, bottom = page.shape[0] // 3, page.shape[0] * 2 // 3
+        middle = page.shape[1] // 2
+        dark = grey & (page.mean(axis=2) < 60)
+        assert 0.05 < dark[:bottom, middle:].mean() < 0.4 and 0.05 < dark[top + 14 :, :middle].mean() < 0.4
+        assert (~grey[20 : top - 20, 20 : middle - 20]).mean() > 0.9  # coloured shapes
+        assert (
+            (grey & (np.abs(page.mean(axis=2) - 90) < 1)).sum(1) > middle // 2
+        ).sum() > 5  # lines of a table
 
 
 def test_pictures_have_the_size_of_their_grid():

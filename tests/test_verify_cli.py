@@ -137,7 +137,7 @@ def test_all_is_well(candidate_is, tmp_path):
     result = invoke("--reference", TINY, "--candidate", TINY, "--report", tmp_path / "r")
     assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "r").iterdir()} == parity.REPORT
-    assert "reference: " in result.stdout and "[1/12] text" in result.stderr
+    assert "reference: " in result.stdout and "[1/16] text" in result.stderr
     assert len(parity.valid(tmp_path / "r" / "run.json")["links"][0]["candidate"]["files"]) == 6
 
 

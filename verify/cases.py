@@ -9,6 +9,7 @@ in `prompts`).
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,14 @@ import numpy as np
 
 from ..modeling.configuration import ModelConfig
 
-SUITE_VERSION = 2
+SUITE_VERSION = 3
 DEFAULT_SEED = 2025
 
 # What shows most faults in the shortest time: few different graphs have to be compiled.
 GROUPS = {"quick": ("text", "image", "steps")}
+
+PAGE_PATCHES = 1024  # of a page that a real network on a CPU reads within minutes
+QUESTION, DIALOGUE = 64, 160  # tokens, about, of a prompt of natural length without its pictures
 
 Grid = tuple[int, int]  # patch rows and columns
 
@@ -50,12 +54,21 @@ class Row:
 
     `split_at`: the first picture's tokens lie across this position.
     `passage`: the beginning of this text (see `prompts.PASSAGES`) as it stands, in no chat format.
+    `dialogue`: this conversation (see `prompts.DIALOGUES`), which holds as many pictures as there are grids.
+    `page`: its pictures are drawn as printed pages.
     """
 
     grids: tuple[Grid, ...] = ()
     tokens: int | None = None
     split_at: int | None = None
     passage: str = ""
+    dialogue: str = ""
+    page: bool = False
+
+    def length(self, merged: int) -> int:
+        """Its tokens, about where they are not given; `merged` patches are one token."""
+        media = sum(h * w // merged for h, w in self.grids)
+        return self.tokens or media + (DIALOGUE if self.dialogue else QUESTION)
 
 
 @dataclass(frozen=True)
@@ -116,13 +129,43 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
     passages = tuple(Row(tokens=96, passage=name) for name in ("english", "chinese", "code"))
     chunk, context = limits.chunk, limits.context
     border = next((n for n in limits.contexts if n >= 32), context)
+    around = sorted({n + by for n in (chunk, border) for by in (-1, 0, 1) if 32 <= n + by <= context - 2})
     long = chunk + chunk // 2 + 5
+    full = min(limits.patches, (context - QUESTION) * kh * kw)
+    page, full_page = (_page_grid(patches, kh, kw) for patches in (min(full, PAGE_PATCHES), full))
     plans = [
         Plan("text", "one text prompt", (Row(),), new_tokens=32),
         Plan("image", "one picture, not square", (Row((grid(2, 3),)),), new_tokens=32),
         Plan("images", "two unequal pictures in one prompt", (Row((grid(3, 2), grid(4, 4))),)),
         Plan("tall", "a picture with more patch rows than the position table", (Row((tall,)),)),
+        Plan(
+            "page",
+            f"a page of text, a table and a figure, {page[0]} x {page[1]} patches",
+            (Row((page,), page=True),),
+        ),
+        Plan(
+            "full-page",
+            f"the largest page that fits, {full_page[0]} x {full_page[1]} patches",
+            (Row((full_page,), page=True),),
+            by_default=False,
+        ),
         Plan("batch", "three left-padded prompts: one picture, none, two", batch, new_tokens=32),
+        Plan(
+            "languages",
+            "left-padded: a question in Chinese, one about code, and prose with figures",
+            (Row(dialogue="chinese"), Row(dialogue="code"), Row(tokens=90)),
+            new_tokens=16,
+        ),
+        Plan(
+            "turns",
+            "conversations: an answer with a thinking part, a picture in both turns, a system prompt",
+            (
+                Row(dialogue="thinking"),
+                Row((grid(2, 2), grid(1, 3)), dialogue="pictures"),
+                Row(dialogue="system"),
+            ),
+            new_tokens=16,
+        ),
         Plan(
             "chunks",
             f"a prompt longer than the prefill chunk of {chunk}, a picture across the border",
@@ -142,10 +185,25 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
             impossible="" if context > border else f"the cache has only one length, {border}",
         ),
         Plan(
+            "borders",
+            f"left-padded prompts of {', '.join(map(str, around))} tokens, then token by token",
+            tuple(Row(tokens=n + 2) for n in around),
+            tail=(1, 1),
+            impossible="" if around else f"the context of {context} has no border",
+        ),
+        Plan(
             "edge",
             f"a prompt that fills the {context}-token cache to its last slot",
             (Row(tokens=context),),
             tail=(2, 1),
+            by_default=context <= 512,
+        ),
+        Plan(
+            "last-token",
+            f"a prompt of {context - 1} tokens, after which one more can be generated",
+            (Row(tokens=context - 1),),
+            tail=(1,),
+            new_tokens=1,
             by_default=context <= 512,
         ),
         Plan("perplexity", "how well each side foretells English, Chinese and code", passages),
@@ -158,20 +216,33 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
             by_default=False,
         ),
     ]
+    if full_page == page:
+        plans = [plan for plan in plans if plan.name != "full-page"]
     if not config.text.moe_layers:
         plans = [plan for plan in plans if plan.name != "experts"]
     return [_checked(plan, config, limits) for plan in plans]
+
+
+def _page_grid(patches: int, kh: int, kw: int) -> Grid:
+    """The largest grid of at most so many patches that is higher than wide as paper is."""
+    cells = max(1, patches // (kh * kw))
+    columns = max(1, math.isqrt(math.floor(cells / math.sqrt(2))))
+    return min(cells // columns, 3 * columns // 2) * kh, columns * kw
 
 
 def _checked(plan: Plan, config: ModelConfig, limits: Limits) -> Plan:
     """The plan, marked where it exceeds what the candidate takes."""
     if plan.impossible:
         return plan
-    longest = max((row.tokens or 64) + len(row.grids) * 8 for row in plan.rows) + plan.new_tokens
-    patches = max((h * w for h, w in plan.grids), default=0)
-    context = min(limits.context, config.text.max_position_embeddings)
-    if longest > context:
-        return replace(plan, impossible=f"needs a context of {longest}, there is {context}")
+    longest = max(row.length(math.prod(config.vision.merge_kernel_size)) for row in plan.rows)
+    return _within(plan, longest, plan.grids, config, limits)
+
+
+def _within(plan: Plan, longest: int, grids: list[Grid], config: ModelConfig, limits: Limits) -> Plan:
+    needed, context = longest + plan.new_tokens, min(limits.context, config.text.max_position_embeddings)
+    patches = max((h * w for h, w in grids), default=0)
+    if needed > context:
+        return replace(plan, impossible=f"needs a context of {needed}, there is {context}")
     if patches > limits.patches:
         return replace(plan, impossible=f"needs {patches} patches a picture, there are {limits.patches}")
     return plan
@@ -216,6 +287,15 @@ def build(plan: Plan, source: Source, seed: int = DEFAULT_SEED) -> Case:
             f"case {plan.name}: continues with {sum(plan.tail)} tokens, but a prompt has only {shortest}"
         )
     return Case(plan.name, plan.what, seed, inputs, plan.tail, plan.new_tokens, prompts, plan.scored)
+
+
+def fitted(plan: Plan, source: Source, seed: int, config: ModelConfig, limits: Limits) -> Plan:
+    """The plan, marked if what the source makes of it exceeds the candidate: a natural length is known only then."""
+    if plan.impossible or all(row.tokens for row in plan.rows):
+        return plan
+    inputs = build(plan, source, seed).inputs
+    grids = [(h, w) for h, w in inputs["image_grid_hws"].tolist()] if "image_grid_hws" in inputs else []
+    return _within(plan, int(inputs["attention_mask"].sum(1).max()), grids, config, limits)
 
 
 def cover_experts(

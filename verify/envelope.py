@@ -115,6 +115,7 @@ def limits(envelope: dict[str, Any]) -> Profile:
         f"{envelope['dtype']} after every operator does at most, over {seeds} seeds, with a margin",
         tuple(Gate(tap, metric, limit) for (tap, metric), limit in found.items()),
         "rounded",
+        envelope["suite"]["version"],
     )
 
 
@@ -135,7 +136,9 @@ def identity(bundle: Bundle) -> dict[str, Any]:
 
 def save(envelope: dict[str, Any], path: Path) -> None:
     """Writes it, with a digest of its content, as a profile for ``judge`` too; the file appears whole or not at all."""
-    _FILE.save(asdict(limits(envelope)) | envelope, path)
+    profile = asdict(limits(envelope))
+    del profile["suite_version"]  # it stands in the envelope's `suite`
+    _FILE.save(profile | envelope, path)
 
 
 def load(path: Path, bundle: Bundle | None = None) -> dict[str, Any]:

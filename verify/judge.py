@@ -59,12 +59,16 @@ class Gate:
 
 @dataclass(frozen=True)
 class Profile:
-    """`arithmetic`: what it is for, "lifted" (fp32) or "rounded"; empty: both."""
+    """Attributes:
+    arithmetic: what it is for, "lifted" (fp32) or "rounded"; empty: both.
+    suite_version: of the suite whose figures the limits come from, where they come from one (an envelope's do).
+    """
 
     name: str
     what: str
     gates: tuple[Gate, ...]
     arithmetic: str = ""
+    suite_version: int | None = None
 
     def limit(self, tap: str, metric: str) -> float | None:
         """What is allowed, where a gate says so."""
@@ -201,7 +205,8 @@ def load_profile(name: str) -> Profile:
         raise ProfileError(f"{path}: is not valid JSON ({e})") from None
     try:
         gates = tuple(Gate(**gate) for gate in raw["gates"])
-        profile = Profile(raw["name"], raw["what"], gates, raw.get("arithmetic", ""))
+        version = raw.get("suite", {}).get("version")
+        profile = Profile(raw["name"], raw["what"], gates, raw.get("arithmetic", ""), version)
         if profile.arithmetic not in ("", *DEFAULTS):
             raise TypeError(f"arithmetic is {profile.arithmetic!r}, expected {' or '.join(DEFAULTS)}")
         for gate in profile.gates:
@@ -214,7 +219,7 @@ def load_profile(name: str) -> Profile:
                 raise TypeError(f"the gate on {gate.taps} is on the suite, so it needs times_own")
         if not profile.gates:
             raise TypeError("it has no gates")
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise ProfileError(f"{path}: is no profile ({e}); see strict.json for the form") from None
     return profile
 
@@ -255,8 +260,14 @@ def judge(link: dict[str, Any], profile: Profile) -> Verdict:
     """Holds a link, as :func:`run_suite` gives it, against a profile.
 
     Raises:
-        ProfileError: a gate asks for a metric that the run does not have.
+        ProfileError: a gate asks for a metric that the run does not have, or the limits are for another suite.
     """
+    measured, ran = profile.suite_version, link["suite"]["version"]
+    if measured not in (None, ran):
+        raise ProfileError(
+            f"profile {profile.name}: its limits were measured with version {measured} of the suite, but the run is of "
+            f"version {ran}, whose inputs are others; measure them again with verify-parity envelope"
+        )
     verdict = Verdict(profile)
     promised = bool(link["candidate"]["taps"])
     if not link["cases"]:

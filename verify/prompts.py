@@ -25,6 +25,31 @@ TEXT = (
     "these shapes is the largest , and where does it stand ? https://example.org/a?b=c&d=%20 . naïve café Ωmega 🙂 ."
 )
 
+# Conversations, in the form of `apply_chat_template`; pictures are drawn. Short, so that a small context holds them.
+DIALOGUES: dict[str, list[dict[str, Any]]] = {
+    "chinese": [{"role": "user", "content": "天空为什么是蓝色的?请用一句话回答。"}],
+    "code": [
+        {
+            "role": "user",
+            "content": "What does it print?\n\ndef f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\n\nprint(f(10))",
+        }
+    ],
+    "thinking": [  # as the Thinking models answer: the marks are ordinary text
+        {"role": "user", "content": "What is 3 times 17?"},
+        {"role": "assistant", "content": "◁think▷17 + 17 + 17 = 51.◁/think▷It is 51."},
+        {"role": "user", "content": "And twice that?"},
+    ],
+    "pictures": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What shape is it?"}]},
+        {"role": "assistant", "content": "A red circle."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And in this one?"}]},
+    ],
+    "system": [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "Which colour has grass?"},
+    ],
+}
+
 # Whose perplexity is measured; longer than what is taken of them. Changing a letter is another version of the suite.
 PASSAGES = {
     "english": (
@@ -88,9 +113,12 @@ class ProcessorSource:
         prompts, ids, pixels = [], [], []
         grids: list[Grid] = []
         for row in rows:
-            pictures = [draw(grid, self.config.vision.patch_size, rng) for grid in row.grids]
+            drawn = draw_page if row.page else draw
+            pictures = [drawn(grid, self.config.vision.patch_size, rng) for grid in row.grids]
             if row.passage:
                 text, made = self._passage(row)
+            elif row.dialogue:
+                text, made = self.made(DIALOGUES[row.dialogue], pictures)
             elif row.tokens is None:
                 text, made = self._natural(row, pictures, rng)
             else:
@@ -155,7 +183,10 @@ class ProcessorSource:
         if before:
             content.insert(0, {"type": "text", "text": " ".join(before) + " "})
         content.append({"type": "text", "text": " ".join(after)})
-        messages = [{"role": "user", "content": content}]
+        return self.made([{"role": "user", "content": content}], pictures)
+
+    def made(self, messages: list[dict[str, Any]], pictures: list[Any]) -> tuple[str, dict[str, np.ndarray]]:
+        """A conversation as text, and the processor's arrays of it, `input_ids` of one row."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         made = dict(self.processor(text=text, images=pictures or None, return_tensors="np"))
         return text, {k: np.asarray(v) for k, v in made.items()} | {
@@ -177,3 +208,38 @@ def draw(grid: Grid, patch: int, rng: np.random.Generator) -> Any:
         shape = pen.ellipse if i % 2 else pen.rectangle
         shape((x - r, y - r, x + r, y + r), fill=tuple(colour))
     return picture
+
+
+def draw_page(grid: Grid, patch: int, rng: np.random.Generator) -> Any:
+    """A PIL picture of exactly `grid` patches: a printed page of two columns of text, with a table and a figure."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = grid[0] * patch, grid[1] * patch
+    page = Image.new("RGB", (width, height), (252, 250, 245))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default_imagefont()
+    words = [word for word in TEXT.split() if word.isascii()]
+    margin, line, row = 8, 12, 18  # pixels
+    middle = width // 2
+    figure, table = (
+        height // 3,
+        height * 2 // 3,
+    )  # where the figure ends, at the left, and the table begins, at the right
+
+    def column(left: int, right: int, top: int, bottom: int) -> None:
+        for y in range(top, bottom - line, line):
+            text = ""
+            while (
+                font.getlength(more := f"{text} {words[int(rng.integers(len(words)))]}".strip())
+                < right - left
+            ):
+                text = more
+            pen.text((left, y), text, fill=(20, 20, 30), font=font)
+
+    column(margin, middle - margin, figure + margin, height - margin)
+    column(middle, width - margin, margin, table - margin)
+    page.paste(draw((max(1, grid[0] // 3 - 1), max(1, grid[1] // 2 - 1)), patch, rng), (margin, margin))
+    for y in range(table, height - margin, row):
+        pen.line((middle, y, width - margin, y), fill=(90, 90, 90))
+        for x in range(middle, width - margin - 2 * row, 3 * row):
+            pen.text((x + 2, y + 3), str(rng.integers(10000)), fill=(20, 20, 30), font=font)
+    return page

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..modeling.configuration import ModelConfig
 from .candidates import Candidate
-from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts, inputs_hash
+from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts, fitted, inputs_hash
 from .metrics import (
     comparable_places,
     greedy_metrics,
@@ -62,6 +62,7 @@ def run_suite(
     used = [set[int]() for _ in config.text.moe_layers]
     cases, skipped, seconds = [], [], {}
     for plan in plans:
+        plan = fitted(plan, source, seed, config, candidate.limits)
         if plan.impossible:
             skipped.append({"name": plan.name, "what": plan.what, "why": plan.impossible})
             continue
