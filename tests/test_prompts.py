@@ -113,7 +113,7 @@ def test_a_conversation_is_the_processors_own(source, plans):
 
 def test_conversations_are_about_as_long_as_a_plan_takes_them_to_be():
     source = ProcessorSource(Path(nano_path()), ModelConfig.from_file(nano_path()))
-    lengths = [len(source.made(d, [draw((2, 2), 14, np.random.default_rng(0))] * (name == "pictures") * 2)[1]["input_ids"])
+    lengths = [len(source._conversation(d, [draw((2, 2), 14, np.random.default_rng(0))] * (name == "pictures") * 2)[1]["input_ids"])
                for name, d in DIALOGUES.items()]  # fmt: skip
     assert max(lengths) <= DIALOGUE
 

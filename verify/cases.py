@@ -24,6 +24,7 @@ DEFAULT_SEED = 2025
 
 # What shows most faults in the shortest time: few different graphs have to be compiled.
 GROUPS = {"quick": ("text", "image", "steps")}
+OWN = "inputs"  # the group of a user's own cases
 
 PAGE_PATCHES = 1024  # of a page that a real network on a CPU reads within minutes
 QUESTION, DIALOGUE = 64, 160  # tokens, about, of a prompt of natural length without its pictures
@@ -85,6 +86,7 @@ class Plan:
     tail: tuple[int, ...] = ()
     new_tokens: int = 0
     by_default: bool = True
+    own: bool = False  # a user's own, not the suite's
     impossible: str = ""  # why this candidate cannot run it
 
     @property
@@ -249,16 +251,23 @@ def _within(plan: Plan, longest: int, grids: list[Grid], config: ModelConfig, li
 
 
 def select(plans: list[Plan], names: Iterable[str] = ()) -> list[Plan]:
-    """The named plans, in the order of the suite; a name may be one of :data:`GROUPS`. Without names, the default ones.
+    """The named plans, in the order of the suite; a name may be one of :data:`GROUPS`, or `inputs`: all own ones.
+
+    Without names, those that are run by default.
 
     Raises:
         CaseError: a name that no plan has.
     """
-    names = [name for given in names for name in GROUPS.get(given, (given,))]
+    groups: dict[str, tuple[str, ...]] = {**GROUPS}
+    if own := tuple(plan.name for plan in plans if plan.own):
+        groups[OWN] = own
+    names = [name for given in names for name in groups.get(given, (given,))]
     known = [plan.name for plan in plans]
     for name in names:
+        if name == OWN:
+            raise CaseError(f"--cases: {OWN} are the cases of --inputs DIR, which is not given")
         if name not in known:
-            raise CaseError(f"--cases: there is no case {name!r}; choose from {', '.join([*known, *GROUPS])}")
+            raise CaseError(f"--cases: there is no case {name!r}; choose from {', '.join([*known, *groups])}")
     return [plan for plan in plans if (plan.name in names if names else plan.by_default)]
 
 
@@ -295,7 +304,10 @@ def fitted(plan: Plan, source: Source, seed: int, config: ModelConfig, limits: L
         return plan
     inputs = build(plan, source, seed).inputs
     grids = [(h, w) for h, w in inputs["image_grid_hws"].tolist()] if "image_grid_hws" in inputs else []
-    return _within(plan, int(inputs["attention_mask"].sum(1).max()), grids, config, limits)
+    longest = int(inputs["attention_mask"].sum(1).max())
+    if plan.own:  # as many new tokens as fit
+        plan = replace(plan, new_tokens=max(0, min(plan.new_tokens, limits.context - longest)))
+    return _within(plan, longest, grids, config, limits)
 
 
 def cover_experts(

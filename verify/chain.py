@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..modeling.configuration import ModelConfig
 from . import candidates
 from .candidates import CandidateError, Found, inspect
-from .cases import SUITE_VERSION, Plan, SeededSource, select, suite
+from .cases import SUITE_VERSION, Plan, SeededSource, Source, select, suite
+from .own_inputs import OwnInputs, OwnSource
 from .prompts import ProcessorSource, has_processor
 from .runner import run_suite
 from .runs import environment, file_hashes, header
@@ -29,12 +31,16 @@ class ChainLink:
 
 
 def find_links(
-    given: Sequence[tuple[str, Path]], through: str | None, arithmetic: str, names: Sequence[str]
+    given: Sequence[tuple[str, Path]],
+    through: str | None,
+    arithmetic: str,
+    names: Sequence[str],
+    own: Sequence[Plan] = (),
 ) -> list[ChainLink]:
     """The candidates in the order of the chain: the network, reloaded bundles, interpreted ones, rounded ones.
 
     The network takes the sizes of the first bundle, so that all run the same inputs. With rounded arithmetic a bundle is
-    run in fp32 too: some faults do not show in low precision.
+    run in fp32 too: some faults do not show in low precision. `own` cases stand beside the suite's.
 
     Raises:
         CandidateError, BundleError, ConfigError: a directory is no candidate, or cannot be run so.
@@ -61,7 +67,7 @@ def find_links(
     links = []
     for called, f in sorted(found, key=lambda pair: _order(pair[1])):
         sized = replace(f, limits=sizes) if sizes and f.kind != "bundle" else f
-        links.append(ChainLink(called, sized, select(suite(f.config, sized.limits), names)))
+        links.append(ChainLink(called, sized, select([*suite(f.config, sized.limits), *own], names)))
     return links
 
 
@@ -70,7 +76,12 @@ def _order(found: Found) -> tuple[int, str, bool]:
 
 
 def run_chain(
-    reference: Path, links: Sequence[ChainLink], seed: int, report: Path, say: Callable[[str], None]
+    reference: Path,
+    links: Sequence[ChainLink],
+    seed: int,
+    report: Path,
+    say: Callable[[str], None],
+    own: OwnInputs | None = None,
 ) -> tuple[dict[str, Any], Spool]:
     """Runs every link, and compares weights; the run lacks only what the reference is called.
 
@@ -87,6 +98,10 @@ def run_chain(
     from .weights import compare
 
     started = time.time()
+    config = ModelConfig.from_file(reference)
+    source: Source = ProcessorSource(reference, config) if has_processor(reference) else SeededSource(config)
+    if own:
+        source = OwnSource(source, own, reference)
     say("hashing what is compared")
     files = {path: file_hashes(path) for path in {reference, *(link.found.path for link in links)}}
     versions = environment()
@@ -95,6 +110,7 @@ def run_chain(
         "seed": seed,
         "versions": versions,
         "reference": files[reference],
+        "inputs_dir": own.files if own else {},
         "links": [
             [_name(n, link), files[link.found.path], [repr(p) for p in link.plans]]
             for n, link in enumerate(links)
@@ -108,8 +124,6 @@ def run_chain(
     kept = KeptReference(oracle, spool, "fp32")
     other = KeptReference(OtherKernels(oracle), spool, "other")
     rounded: dict[str, KeptReference] = {}
-    config = oracle.config
-    source = ProcessorSource(reference, config) if has_processor(reference) else SeededSource(config)
     total = sum(not plan.impossible for link in links for plan in link.plans)
     count = iter(range(1, total + 1))
     made, seconds, compared = [], [], {}
@@ -141,6 +155,8 @@ def run_chain(
         result["candidate"] |= {"path": link.path, "files": files[found.path]}
         if found.path in compared:
             result["weights"] = compared[found.path]
+        if own:
+            result["suite"]["inputs_dir"] = own.files
         if link.device:
             result["device"] = link.device
         made.append(result)

@@ -26,6 +26,7 @@ Examples:
   verify-parity --reference nano --candidate ./ckpt --report ./report --cases text --cases steps
   verify-parity --reference nano --candidate ./mindir --report ./report --through interpreter
   verify-parity --reference nano --candidate ./mindir --report ./report --arithmetic rounded
+  verify-parity --reference nano --candidate ./ckpt --report ./report --inputs ./questions --cases inputs
   verify-parity judge ./report/run.json --profile my-thresholds.json
   verify-parity record --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --out pack.npz
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report --pack pack.npz --device-report report.json
@@ -71,7 +72,13 @@ class MissingPackage(RuntimeError):
     "--cases",
     multiple=True,
     metavar="NAME",
-    help="Only this case (repeatable), or quick: three of them.  [default: the suite]",
+    help="Only this case (repeatable), quick: three of them, or inputs: those of --inputs.  [default: the suite]",
+)
+@click.option(
+    "--inputs",
+    metavar="DIR",
+    help="Your own prompts as further cases: NAME.txt, asked after the pictures NAME.png or NAME-1.png, NAME-2.png "
+    "(.jpg, .webp), or a conversation NAME.json.",
 )
 @click.option(
     "--through",
@@ -100,6 +107,7 @@ def cli(
     report: str | None,
     profiles: tuple[str, ...],
     cases: tuple[str, ...],
+    inputs: str | None,
     through: str | None,
     arithmetic: str,
     seed: int | None,
@@ -134,6 +142,7 @@ def cli(
             report,
             profiles,
             cases,
+            inputs,
             through,
             arithmetic,
             seed,
@@ -232,6 +241,7 @@ def _verify(
     report: str | None,
     profiles: tuple[str, ...],
     names: tuple[str, ...],
+    inputs: str | None,
     through: str | None,
     arithmetic: str,
     seed: int | None,
@@ -245,6 +255,7 @@ def _verify(
     from .chain import ChainLink, find_links
     from .device import accept
     from .judge import load_profile, suited
+    from .own_inputs import read_inputs
     from .prompts import has_processor
 
     thresholds = [load_profile(name) for name in profiles]
@@ -256,7 +267,8 @@ def _verify(
         with _about("--candidate"):
             other = resolve(candidate)
         given.append((_called(candidate, other), other.directory))
-    links: list[ChainLink] = find_links(given, through, arithmetic, names)
+    own = read_inputs(Path(inputs), directory) if inputs is not None else None
+    links: list[ChainLink] = find_links(given, through, arithmetic, names, own.plans if own else ())
     for link in links:
         require_same_model(directory, link.found)
     if device:
@@ -272,7 +284,8 @@ def _verify(
         "report": report or "(none: dry run)",
         "profile": ", ".join(dict.fromkeys(profile.name for profile in fitting)),
         "cases": ", ".join(dict.fromkeys(plan.name for link in links for plan in link.plans)),
-        "inputs": "real prompts and drawn pictures" if real else "seeded token ids and patches",
+        "inputs": ("real prompts and drawn pictures" if real else "seeded token ids and patches")
+        + (f", and {len(own.plans)} of {inputs}" if own else ""),
         "seed": seed,
         "context": links[0].found.limits.context,
         "prefill chunk": links[0].found.limits.chunk,
@@ -293,7 +306,7 @@ def _verify(
         from .chain import run_chain
     except ImportError as e:
         raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
-    run, spool = run_chain(directory, links, seed, Path(report), say)
+    run, spool = run_chain(directory, links, seed, Path(report), say, own)
     run["reference"] |= {"path": shown, "revision": reference.revision, "stored": stored}
     _conclude(run, thresholds, report, as_json, spool.remove)
 

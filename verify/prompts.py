@@ -118,7 +118,7 @@ class ProcessorSource:
             if row.passage:
                 text, made = self._passage(row)
             elif row.dialogue:
-                text, made = self.made(DIALOGUES[row.dialogue], pictures)
+                text, made = self._conversation(DIALOGUES[row.dialogue], pictures)
             elif row.tokens is None:
                 text, made = self._natural(row, pictures, rng)
             else:
@@ -183,15 +183,22 @@ class ProcessorSource:
         if before:
             content.insert(0, {"type": "text", "text": " ".join(before) + " "})
         content.append({"type": "text", "text": " ".join(after)})
-        return self.made([{"role": "user", "content": content}], pictures)
+        return self._conversation([{"role": "user", "content": content}], pictures)
 
-    def made(self, messages: list[dict[str, Any]], pictures: list[Any]) -> tuple[str, dict[str, np.ndarray]]:
-        """A conversation as text, and the processor's arrays of it, `input_ids` of one row."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        made = dict(self.processor(text=text, images=pictures or None, return_tensors="np"))
-        return text, {k: np.asarray(v) for k, v in made.items()} | {
-            "input_ids": np.asarray(made["input_ids"])[0]
-        }
+    def _conversation(
+        self, messages: list[dict[str, Any]], pictures: list[Any]
+    ) -> tuple[str, dict[str, np.ndarray]]:
+        text, made = conversation_inputs(self.processor, messages, pictures)
+        return text, made | {"input_ids": made["input_ids"][0]}
+
+
+def conversation_inputs(
+    processor: Any, messages: list[dict[str, Any]], pictures: list[Any]
+) -> tuple[str, dict[str, np.ndarray]]:
+    """A conversation as text, and what the processor makes of it and its pictures, a batch of one row."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    made = processor(text=text, images=pictures or None, return_tensors="np")
+    return text, {name: np.asarray(value) for name, value in made.items()}
 
 
 def draw(grid: Grid, patch: int, rng: np.random.Generator) -> Any:
@@ -223,16 +230,13 @@ def draw_page(grid: Grid, patch: int, rng: np.random.Generator) -> Any:
     figure, table = (
         height // 3,
         height * 2 // 3,
-    )  # where the figure ends, at the left, and the table begins, at the right
+    )  # the end of one at the left, the top of the other at the right
 
     def column(left: int, right: int, top: int, bottom: int) -> None:
         for y in range(top, bottom - line, line):
-            text = ""
-            while (
-                font.getlength(more := f"{text} {words[int(rng.integers(len(words)))]}".strip())
-                < right - left
-            ):
-                text = more
+            text = more = ""
+            while font.getlength(more) < right - left:
+                text, more = more, f"{more} {words[int(rng.integers(len(words)))]}".strip()
             pen.text((left, y), text, fill=(20, 20, 30), font=font)
 
     column(margin, middle - margin, figure + margin, height - margin)
