@@ -15,6 +15,7 @@ from .candidates import CandidateError, Found, inspect
 from .cases import SUITE_VERSION, Plan, SeededSource, Source, select, suite
 from .own_inputs import OwnInputs, OwnSource
 from .prompts import ProcessorSource, has_processor
+from .remote import RemoteOracle
 from .runner import run_suite
 from .runs import environment, file_hashes, header
 from .spool import KeptReference, Spool
@@ -82,13 +83,19 @@ def run_chain(
     report: Path,
     say: Callable[[str], None],
     own: OwnInputs | None = None,
+    python: str | None = None,
 ) -> tuple[dict[str, Any], Spool]:
     """Runs every link, and compares weights; the run lacks only what the reference is called.
 
     Cases that an unfinished run of the same in `report` has done are not done again. Remove the spool when the run is
     saved.
 
+    Args:
+        own: a user's own cases, if the links' plans hold such.
+        python: runs the checkpoint's own code as the reference; None: the reference is transformers'.
+
     Raises:
+        EnvironmentProblem: the checkpoint's code does not run.
         ValueError: the reference or a candidate cannot be loaded; the message says why.
         ImportError: Torch or transformers is missing.
     """
@@ -104,6 +111,8 @@ def run_chain(
         source = OwnSource(source, own, reference)
     say("hashing what is compared")
     files = {path: file_hashes(path) for path in {reference, *(link.found.path for link in links)}}
+    if python:
+        files[reference] |= file_hashes(reference, (".py",))
     versions = environment()
     key = {
         "suite": SUITE_VERSION,
@@ -111,6 +120,7 @@ def run_chain(
         "versions": versions,
         "reference": files[reference],
         "inputs_dir": own.files if own else {},
+        "python": python,
         "links": [
             [_name(n, link), files[link.found.path], [repr(p) for p in link.plans]]
             for n, link in enumerate(links)
@@ -120,9 +130,10 @@ def run_chain(
     if spool.found:
         say(f"going on with an unfinished run of the same: {spool.found} cases are done")
     say("loading the Torch reference")
-    oracle = build_oracle(reference)
-    kept = KeptReference(oracle, spool, "fp32")
-    other = KeptReference(OtherKernels(oracle), spool, "other")
+    remote = RemoteOracle(reference, python) if python else None
+    oracle = None if remote else build_oracle(reference)
+    kept = KeptReference(remote or oracle, spool, "fp32")
+    other = KeptReference(OtherKernels(oracle), spool, "other") if oracle else None
     rounded: dict[str, KeptReference] = {}
     total = sum(not plan.impossible for link in links for plan in link.plans)
     count = iter(range(1, total + 1))
@@ -160,6 +171,8 @@ def run_chain(
         if link.device:
             result["device"] = link.device
         made.append(result)
+    if remote:
+        remote.close()
     return {
         "header": header(started) | {"seconds": seconds},
         "environment": versions,
@@ -168,7 +181,8 @@ def run_chain(
             "runs_on": f"Torch {versions['torch']} on CPU",
             "dtype": "float32",
             "files": files[reference],
-        },
+        }
+        | (remote.describe() if remote else {}),
         "links": made,
     }, spool
 

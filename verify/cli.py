@@ -27,6 +27,7 @@ Examples:
   verify-parity --reference nano --candidate ./mindir --report ./report --through interpreter
   verify-parity --reference nano --candidate ./mindir --report ./report --arithmetic rounded
   verify-parity --reference nano --candidate ./ckpt --report ./report --inputs ./questions --cases inputs
+  verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./ckpt --report ./report --reference-code remote --reference-python old/bin/python
   verify-parity judge ./report/run.json --profile my-thresholds.json
   verify-parity record --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --out pack.npz
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report --pack pack.npz --device-report report.json
@@ -92,6 +93,18 @@ class MissingPackage(RuntimeError):
     show_default=True,
     help="Of interpreted bundles: in fp32; or also with every operator's result rounded as its graph declares.",
 )
+@click.option(
+    "--reference-code",
+    type=click.Choice(["transformers", "remote"]),
+    default="transformers",
+    show_default=True,
+    help="Whose network the reference is; remote executes the code that the checkpoint brings.",
+)
+@click.option(
+    "--reference-python",
+    metavar="PYTHON",
+    help="Of --reference-code remote: the Python of an environment with an older transformers.  [default: this one]",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
 @click.option(
     "--device-report", metavar="FILE", help="What run_on_device.py of this bundle wrote; needs --pack."
@@ -110,6 +123,8 @@ def cli(
     inputs: str | None,
     through: str | None,
     arithmetic: str,
+    reference_code: str,
+    reference_python: str | None,
     seed: int | None,
     device_report: str | None,
     pack: str | None,
@@ -133,6 +148,9 @@ def cli(
         raise click.UsageError(
             "--device-report and --pack: give both; the pack is the one that the device had", context
         )
+    if reference_python is not None and reference_code != "remote":
+        raise click.UsageError("--reference-python has no place without --reference-code remote.", context)
+    python = (reference_python or sys.executable) if reference_code == "remote" else None
     assert reference is not None
     device = (Path(device_report), Path(pack)) if device_report and pack else None
     with errors():
@@ -145,6 +163,7 @@ def cli(
             inputs,
             through,
             arithmetic,
+            python,
             seed,
             device,
             as_json,
@@ -244,6 +263,7 @@ def _verify(
     inputs: str | None,
     through: str | None,
     arithmetic: str,
+    python: str | None,
     seed: int | None,
     device: tuple[Path, Path] | None,
     as_json: bool,
@@ -257,11 +277,15 @@ def _verify(
     from .judge import load_profile, suited
     from .own_inputs import read_inputs
     from .prompts import has_processor
+    from .remote import code_of
 
     thresholds = [load_profile(name) for name in profiles]
     with _about("--reference"):
         reference = resolve(source)
     directory = reference.directory
+    code = code_of(directory) if python else None
+    if code and arithmetic == "rounded":
+        raise ValueError("--reference-code: remote runs in fp32 alone, so leave out --arithmetic rounded")
     given = []
     for candidate in candidates:
         with _about("--candidate"):
@@ -286,6 +310,7 @@ def _verify(
         "cases": ", ".join(dict.fromkeys(plan.name for link in links for plan in link.plans)),
         "inputs": ("real prompts and drawn pictures" if real else "seeded token ids and patches")
         + (f", and {len(own.plans)} of {inputs}" if own else ""),
+        "reference code": f"{code}, executed by {python}" if code else "transformers' own",
         "seed": seed,
         "context": links[0].found.limits.context,
         "prefill chunk": links[0].found.limits.chunk,
@@ -302,11 +327,13 @@ def _verify(
     )  # a report that cannot be written is known before the work
     with _about("--reference"):
         stored = fetch(reference).dtype  # of a repository, this downloads what is not there yet
+    if code:
+        say(f"warning: --reference-code remote executes {code} and what it imports from {shown}")
     try:
         from .chain import run_chain
     except ImportError as e:
         raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
-    run, spool = run_chain(directory, links, seed, Path(report), say, own)
+    run, spool = run_chain(directory, links, seed, Path(report), say, own, python)
     run["reference"] |= {"path": shown, "revision": reference.revision, "stored": stored}
     _conclude(run, thresholds, report, as_json, spool.remove)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from ..modeling.configuration import ModelConfig
+from .reference.recording import Greedy, Recorder, Routing, Taps, as_numpy, greedy, text_arguments
 from .threads import suited_to
 from .torch_weights import OracleError, load_published, to_published
 
 __all__ = ["Greedy", "Oracle", "OracleError", "build_network", "build_oracle", "to_published"]
 
 Inputs = Mapping[str, np.ndarray]
-Taps = dict[str, np.ndarray]
 
 
 def build_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> Oracle:
@@ -120,17 +119,6 @@ def _interpolating_any_table(module: Any) -> Callable[..., Tensor]:
     return forward
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """`tokens` [B, n] int64, at each step `seconds`, the second best, and `margins`, the distance of the best two
-    logits; `logits_after` [B, V], when the last token was fed."""
-
-    tokens: np.ndarray
-    seconds: np.ndarray
-    margins: np.ndarray
-    logits_after: np.ndarray
-
-
 class Oracle:
     """Runs the reference: numpy in, numpy out (fp32 whatever the network computes in)."""
 
@@ -159,53 +147,23 @@ class Oracle:
             Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
         """
         arguments, mask = self._arguments(inputs)
-        with suited_to(self.config.text.hidden_size), _Recorder(self.network.model) as recorder:
+        model: Any = self.network.model
+        recorder = Recorder(model.language_model.layers, model.mm_projector, _routing)
+        with suited_to(self.config.text.hidden_size), recorder:
             logits = self.network(**arguments, use_cache=False).logits
-        return recorder.taps(mask) | {"logits": _numpy(logits) * mask[..., None]}
+        return recorder.taps(mask) | {"logits": as_numpy(logits) * mask[..., None]}
 
     @torch.no_grad()
     def greedy(self, inputs: Inputs, n: int) -> Greedy:
         """`n` cached greedy steps after the prompt; no stop token is honoured."""
         with suited_to(self.config.text.hidden_size):
-            return self._greedy(inputs, n)
-
-    def _greedy(self, inputs: Inputs, n: int) -> Greedy:
-        arguments, mask = self._arguments(inputs)
-        attention = torch.from_numpy(mask).long()
-        position = arguments["position_ids"][:, -1:]
-        out = self.network(**arguments, use_cache=True, logits_to_keep=1)
-        tokens, seconds, margins = [], [], []
-        for _ in range(n):
-            best, ids = out.logits[:, -1].float().topk(2, dim=-1)
-            tokens.append(ids[:, 0])
-            seconds.append(ids[:, 1])
-            margins.append(best[:, 0] - best[:, 1])
-            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
-            position = position + 1
-            out = self.network(
-                input_ids=ids[:, :1],
-                attention_mask=attention,
-                position_ids=position,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-        return Greedy(
-            tokens=torch.stack(tokens, 1).numpy(),
-            seconds=torch.stack(seconds, 1).numpy(),
-            margins=_numpy(torch.stack(margins, 1)),
-            logits_after=_numpy(out.logits[:, -1]),
-        )
+            return greedy(self.network, self._arguments(inputs)[0], n, logits_to_keep=1)
 
     def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], np.ndarray]:
         ids = np.asarray(inputs["input_ids"]).astype(np.int64)
         given = inputs.get("attention_mask")
         mask = np.ones_like(ids, bool) if given is None else np.asarray(given).astype(bool)
-        position_ids = np.where(mask, mask.cumsum(1) - 1, 1)
-        arguments = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask).long(),
-            "position_ids": torch.from_numpy(position_ids),
-        }
+        arguments = text_arguments(ids, mask)
         pixels = inputs.get("pixel_values")
         n_media = int((ids == self.config.media_placeholder_token_id).sum())
         n_features = 0
@@ -252,63 +210,6 @@ class OtherKernels:
         network.set_experts_implementation(experts)
 
 
-class _Recorder:
-    """Collects what the modules of interest give, by forward hooks."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.hidden: list[Tensor] = []
-        self.routers: list[tuple[Tensor, Tensor, Tensor]] = []  # selection scores, indices, weights
-        self.vision: dict[str, Tensor] = {}
-        self.embeds: Tensor | None = None
-
-    def __enter__(self) -> _Recorder:
-        text = self.model.language_model
-        handles = [text.layers[0].register_forward_pre_hook(self._on_embeds, with_kwargs=True)]
-        for layer in text.layers:
-            handles.append(layer.register_forward_hook(lambda _, args, out: self.hidden.append(out)))
-            if hasattr(layer.mlp, "gate"):
-                handles.append(layer.mlp.gate.register_forward_hook(self._on_router))
-        handles.append(self.model.mm_projector.register_forward_hook(self._on_projector))
-        self.handles = handles
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _on_embeds(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        self.embeds = args[0] if args else kwargs["hidden_states"]
-
-    def _on_router(self, module: Any, args: tuple, out: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, weights, indices = out
-        self.routers.append((logits.sigmoid() + module.e_score_correction_bias, indices, weights))
-
-    def _on_projector(self, module: torch.nn.Module, args: tuple, out: Tensor) -> None:
-        self.vision = {"vision_out": args[0], "projector_out": out.flatten(0, -2)}
-
-    def taps(self, mask: np.ndarray) -> Taps:
-        taps = {name: _numpy(value) for name, value in self.vision.items()}
-        assert self.embeds is not None
-        taps["inputs_embeds"] = _numpy(self.embeds)
-        taps["hidden_states"] = np.stack([_numpy(h) for h in self.hidden]) * mask[..., None]
-        if not self.routers:
-            return taps
-        chosen, chosen_weights, gaps = [], [], []
-        for scores, indices, weights in self.routers:
-            k = indices.shape[-1]
-            indices, order = indices.sort(dim=-1)
-            ranked = scores.sort(dim=-1, descending=True).values
-            all_chosen = k == scores.shape[-1]
-            gap = torch.full_like(ranked[:, 0], math.inf) if all_chosen else ranked[:, k - 1] - ranked[:, k]
-            chosen.append(indices.view(*mask.shape, k).numpy().astype(np.int32))
-            chosen_weights.append(_numpy(weights.gather(-1, order)).reshape(*mask.shape, k))
-            gaps.append(_numpy(gap).reshape(mask.shape))
-        taps["router_topk_indices"] = np.where(mask[..., None], np.stack(chosen), np.int32(-1))
-        taps["router_topk_weights"] = np.stack(chosen_weights) * mask[..., None]
-        taps["router_gap"] = np.where(mask, np.stack(gaps), np.float32(np.inf))
-        return taps
-
-
-def _numpy(t: Tensor) -> np.ndarray:
-    return t.detach().float().numpy()
+def _routing(gate: Any, args: tuple, out: tuple[Tensor, Tensor, Tensor]) -> Routing:
+    logits, weights, indices = out
+    return logits.sigmoid() + gate.e_score_correction_bias, indices, weights

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def environment() -> dict[str, str | None]:
     return packages
 
 
-def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
+MODEL_FILES = (".json", ".safetensors", ".mindir", ".ckpt")
+
+
+def file_hashes(directory: Path, kinds: Sequence[str] = MODEL_FILES) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of what a model is made of: configurations, indexes, manifests, weights, graphs."""
-    kinds = (".json", ".safetensors", ".mindir", ".ckpt")
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.suffix in kinds:
