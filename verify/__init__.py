@@ -6,7 +6,8 @@ thresholds, which are data, and can be repeated without running anything. `repor
 `verify-parity`.
 
 `mindir` runs a bundle's graphs node by node in Torch, `interpreted` is a bundle that runs so: evidence for graphs of a
-device that is not here.
+device that is not here. `bisect` names the first wrong operator of such a bundle: `points` are the places of the network
+where it compares, `places` finds them in a graph, `watching` keeps what a graph holds there, `expected` is the reference.
 
 Nothing is imported here: the command answers `--help` without Torch, transformers or MindSpore.
 """

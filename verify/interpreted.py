@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,8 +18,24 @@ from .mindir.interpreter import Arithmetic
 from .threads import suited_to
 
 
+class Watcher(Protocol):
+    """Looks on while graphs run."""
+
+    def wanted(self, graph: InterpretedGraph) -> Iterable[str]:
+        """What nodes give, see `mindir.graph.Node.output`, whose values are asked for."""
+
+    def seen(
+        self, graph: InterpretedGraph, inputs: Arrays, rows: Sequence[RowCache], values: dict[str, Any]
+    ) -> None:
+        """A graph ran; `rows` still have the lengths from before. A value may be written over by the next run."""
+
+
 class InterpretedModel(MindIRModel):
-    """As :class:`MindIRModel`, for a bundle of any target, with nothing of MindSpore running."""
+    """As :class:`MindIRModel`, for a bundle of any target, with nothing of MindSpore running.
+
+    Attributes:
+        watcher: of every graph call, if there is one.
+    """
 
     def __init__(
         self,
@@ -30,10 +47,13 @@ class InterpretedModel(MindIRModel):
     ) -> None:
         super().__init__(directory, bundle, weights)
         self.operators: set[str] = set()  # of the graphs that were used so far
+        self.watcher: Watcher | None = None
         width = self.engine.config.text.hidden_size
 
         def load(directory: Path, name: str, bundle: Bundle, weights: SharedWeights) -> InterpretedGraph:
-            graph = InterpretedGraph(directory, name, bundle, weights, arithmetic, noise, width)
+            graph = InterpretedGraph(
+                directory, name, bundle, weights, arithmetic, noise, width, lambda: self.watcher
+            )
             self.operators |= graph.operators
             return graph
 
@@ -77,9 +97,12 @@ class InterpretedGraph:
         arithmetic: Arithmetic,
         noise: Noise | None = None,
         width: int = 0,
+        watcher: Callable[[], Watcher | None] = lambda: None,
     ) -> None:
-        record = bundle.graphs[name]
-        graph = load_graph(directory / record.file, [port.name for port in record.outputs])
+        self.name = name
+        self.record = record = bundle.graphs[name]
+        self.graph = graph = load_graph(directory / record.file, [port.name for port in record.outputs])
+        self._watcher = watcher
         self._caches = record.caches
         self._width = width  # of the network, which says how many threads are worth while
         self._context = record.context or 0
@@ -93,8 +116,12 @@ class InterpretedGraph:
         for port, layer, held in self._held(rows):
             content = np.stack([row.buffers[layer][: self._context] for row in held])
             parameters.write(port.name, content.reshape(port.shape))
+        watcher = self._watcher()
+        watched: dict[str, Any] = dict.fromkeys(watcher.wanted(self)) if watcher else {}
         with suited_to(self._width):
-            outputs = self._interpreter(inputs)
+            outputs = self._interpreter(inputs, watched)
+        if watcher:
+            watcher.seen(self, inputs, rows, watched)
         for port, layer, held in self._held(rows):
             written = parameters.read(port.name).reshape(len(held), self._context, -1)
             for row, content in zip(held, written):

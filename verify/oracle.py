@@ -146,7 +146,7 @@ class Oracle:
             score (inf when all are chosen); `logits` [B, S, V].
             Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
         """
-        arguments, mask = self._arguments(inputs)
+        arguments, mask = self.arguments(inputs)
         model: Any = self.network.model
         recorder = Recorder(model.language_model.layers, model.mm_projector, _routing)
         with suited_to(self.config.text.hidden_size), recorder:
@@ -157,9 +157,9 @@ class Oracle:
     def greedy(self, inputs: Inputs, n: int) -> Greedy:
         """`n` cached greedy steps after the prompt; no stop token is honoured."""
         with suited_to(self.config.text.hidden_size):
-            return greedy(self.network, self._arguments(inputs)[0], n, logits_to_keep=1)
+            return greedy(self.network, self.arguments(inputs)[0], n, logits_to_keep=1)
 
-    def _arguments(self, inputs: Inputs) -> tuple[dict[str, Any], np.ndarray]:
+    def arguments(self, inputs: Inputs) -> tuple[dict[str, Any], np.ndarray]:
         ids = np.asarray(inputs["input_ids"]).astype(np.int64)
         given = inputs.get("attention_mask")
         mask = np.ones_like(ids, bool) if given is None else np.asarray(given).astype(bool)

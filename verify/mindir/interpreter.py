@@ -72,17 +72,24 @@ class Interpreter:
             if node.operator not in {CALL, *RULES, *_STRUCTURE}:
                 raise InterpreterError(f"there is no rule for {graph.describe(node)}")
         self.parameters = Parameters(graph, parameters, self.lifted)
+        self._watched: dict[str, Any] = {}
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], watched: dict[str, Any] | None = None
+    ) -> dict[str, np.ndarray]:
         """The outputs for inputs by name.
 
         Floats may be given in fp32 where the graph takes bf16 or fp16: "lifted" uses them so, "rounded" rounds them.
+
+        Args:
+            watched: by what nodes give, see :class:`Node`; filled with the values.
 
         Raises:
             InterpreterError: an input is missing or of another shape or dtype; a node's arguments are outside its
                 operator's documented semantics, or its result is not what the graph declares.
         """
         given = {inner: self._input(plain, inputs) for inner, plain in self.graph.values.items()}
+        self._watched = {} if watched is None else watched
         with torch.inference_mode():
             result = self._run(self.graph.main, given)
         results = result if isinstance(result, tuple) else (result,)
@@ -114,6 +121,8 @@ class Interpreter:
             for i in node.last_use:
                 values.pop(i, None)
             values[node.output] = self._result(node, arguments)
+            if node.output in self._watched:
+                self._watched[node.output] = values[node.output]
         return self._value(function.result, values)
 
     def _value(self, key: str, values: dict[str, Any]) -> Any:
