@@ -17,6 +17,7 @@ from kimi_vl.verify.oracle import Oracle, build_oracle
 from kimi_vl.verify.runner import run_suite
 
 REPORT = {"run.json", "verdict.json", "junit.xml", "report.md", "report.html"}
+KEPT = ("logits", "last_logits", "projector_out")  # without graphs with taps
 LIMITS = Limits(contexts=(128, 256), chunk=64, patches=256)
 
 
@@ -49,9 +50,10 @@ class OracleCandidate:
     def run(self, inputs, calls):
         taps = self.oracle.run(inputs)
         taps = {k: v.copy() for k, v in taps.items() if k not in ("router_gap", "router_topk_weights")}
+        taps["last_logits"] = taps["logits"][:, np.cumsum(calls) - 1]
         taps["tapped_logits_differ"] = np.zeros(())
         self.spoil(taps, inputs, calls)
-        return taps if self.taps else {k: v for k, v in taps.items() if k in ("logits", "projector_out")}
+        return taps if self.taps else {k: v for k, v in taps.items() if k in KEPT}
 
     def greedy(self, inputs, n):
         tokens = self.oracle.greedy(inputs, n).tokens.copy()

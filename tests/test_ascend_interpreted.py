@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bundles
 import numpy as np
+import parity
 import pytest
 from click.testing import CliRunner
 from golden import DATA, check_cache, check_case, inputs, load_case, rel_l2
@@ -17,8 +19,12 @@ from mindspore.ops import auto_generate as generated
 
 from kimi_vl.export import export, plan_export
 from kimi_vl.export.plan import TARGETS, open_converted
+from kimi_vl.verify.candidates import inspect, open_candidate
+from kimi_vl.verify.cases import SeededSource, select, suite
 from kimi_vl.verify.cli import cli
 from kimi_vl.verify.interpreted import InterpretedModel
+from kimi_vl.verify.judge import judge, load_profile
+from kimi_vl.verify.runner import run_suite
 
 BF16 = "tiny8-bf16"
 CASES = ("text", "image", "images2", "bigimage", "long", "batch")
@@ -102,6 +108,37 @@ def test_verify_parity_judges_it_rounded_by_what_rounding_costs_torch(tmp_path):
     )
     again = CliRunner().invoke(cli, ["judge", str(tmp_path / "run.json")])
     assert again.exit_code == 0 and "checks of profile bf16 hold" in again.stdout
+
+
+class Spoilt:
+    """Graphs of which those that generation alone runs are slightly wrong: in what they give, or in what they cache."""
+
+    def __init__(self, graphs, what):
+        self._graphs, self._what = graphs, what
+
+    def __getattr__(self, name):
+        return getattr(self._graphs, name)
+
+    def text(self, tokens, context, rows, inputs, all_logits, taps):
+        out = self._graphs.text(tokens, context, rows, inputs, all_logits, taps)
+        if not all_logits and self._what == "logits":
+            out[0] = out[0] * np.float32(1 + 1e-4)
+        elif not all_logits and self._what == "cache":
+            rows[0].buffers[1][3] *= np.float32(1 + 1e-2)
+        return out
+
+
+@pytest.mark.parametrize("what", ["nothing", "logits", "cache"])
+def test_a_fault_of_the_graphs_that_generate_is_seen_in_their_logits_though_no_token_changes(what):
+    found = inspect(bundle("ascend"))
+    candidate = open_candidate(found)
+    candidate.model.engine.graphs = Spoilt(candidate.model.engine.graphs, what)
+    oracle = parity.oracle()
+    plan = replace(select(suite(oracle.config, found.limits), ("pieces",))[0], new_tokens=2)
+    made = run_suite(oracle, candidate, [plan], SeededSource(oracle.config), seed=1)
+    made["reference"] = {"stored": "bfloat16"}
+    bad = {f.tap for f in judge(made, load_profile("strict")).failures}
+    assert bad == (set() if what == "nothing" else {"last_logits"})
 
 
 def test_a_wrong_weight_is_seen():

@@ -380,7 +380,8 @@ def test_the_first_bad_is_first_in_the_network_not_in_the_list():
         return Finding(case, tap, "rel_l2", 1.0, 0.0, False)
 
     order = ["error", "vision_out", "projector_out", "inputs_embeds", "layers.0", "router.1", "layers.1"]
-    order += ["router.2", "layers.10", "logits", "perplexity", "greedy", "tapped_logits", "comparable"]
+    order += ["router.2", "layers.10", "logits", "last_logits", "perplexity", "greedy", "tapped_logits"]
+    order += ["comparable"]
     assert sorted(reversed(order), key=network_order) == order
     verdict = Verdict(
         "x", [bad("a", "logits"), bad("a", "layers.10"), bad("b", "layers.9"), bad("c", "layers.9")]

@@ -44,8 +44,10 @@ class Candidate(Protocol):
         """The prompt in calls of so many columns, each continuing the cache of the one before.
 
         Returns:
-            At least `logits`; what is not available is left out. `tapped_logits_differ`, where taps come from other
-            graphs than the logits: the largest difference between the two graphs' logits, which should be 0.
+            At least `logits`; what is not available is left out. `last_logits` [B, calls, V]: of each call's last
+            column, by the graphs that generation runs, and on what these wrote into the cache. `tapped_logits_differ`,
+            where taps come from other graphs than the logits: the largest difference between the two graphs' logits,
+            which should be 0.
         """
 
     def greedy(self, inputs: Inputs, n: int) -> np.ndarray:
@@ -186,6 +188,7 @@ class ModelCandidate:
 
     def run(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
         logits, _ = self._calls(inputs, calls, taps=False)
+        logits["last_logits"] = self._last_logits(inputs, calls)
         if not self.found.taps:
             return logits
         again, taps = self._calls(inputs, calls, taps=True)
@@ -202,6 +205,18 @@ class ModelCandidate:
             **inputs, max_new_tokens=n, do_sample=False, repetition_penalty=1.0, eos_token_id=None
         )
         return _numpy(ids)[:, inputs["input_ids"].shape[1] :]
+
+    def _last_logits(self, inputs: Inputs, calls: Sequence[int]) -> np.ndarray:
+        cache = self.model.engine.new_cache(len(inputs["input_ids"]))
+        at, found = 0, []
+        for n in calls:
+            pictures = {k: inputs.get(k) if at == 0 else None for k in ("pixel_values", "image_grid_hws")}
+            ids, mask = inputs["input_ids"][:, at : at + n], inputs["attention_mask"][:, : at + n]
+            prompt = self.model.prepare(ids, mask, cache=cache, **pictures)
+            rows = self.model.engine.extend(cache, prompt.rows)
+            found.append(np.stack([row.logits[-1][-1] for row in rows]))
+            at += n
+        return np.stack(found, axis=1)
 
     def _calls(self, inputs: Inputs, calls: Sequence[int], taps: bool) -> tuple[Taps, Taps]:
         """Logits (and the pictures' features), and the taps, of all calls, put together again."""

@@ -117,6 +117,11 @@ class Case:
         """Columns of `input_ids` that each call takes."""
         return (self.inputs["input_ids"].shape[1] - sum(self.tail), *self.tail)
 
+    @property
+    def ends(self) -> list[int]:
+        """The last column of each call."""
+        return (np.cumsum(self.calls) - 1).tolist()
+
 
 def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
     """Every plan of the suite, in order; one that the candidate cannot run says so in `impossible`."""

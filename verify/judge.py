@@ -26,7 +26,7 @@ from .metrics import NOT_A_TIE
 # In network order; "layers.0" and "router.0" stand for those of every layer.
 TAPS = (
     *("vision_out", "projector_out", "inputs_embeds", "router.0", "layers.0"),
-    *("logits", "perplexity", "greedy", "tapped_logits", "comparable", "weights"),
+    *("logits", "last_logits", "perplexity", "greedy", "tapped_logits", "comparable", "weights"),
 )
 PROFILES = Path(__file__).parent / "profiles"
 SUITE = "suite"  # the case of a finding that is on all cases together
@@ -176,6 +176,7 @@ def describe_tap(tap: str) -> str:
         "vision_out": "vision tower",
         "projector_out": "projector",
         "inputs_embeds": "input embeddings",
+        "last_logits": "logits of the graphs that generate",
         "tapped_logits": "graphs with taps",
         "comparable": "comparable tokens",
         "greedy": "greedy generation",

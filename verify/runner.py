@@ -109,7 +109,9 @@ def _run_case(
         "candidate": round(time.perf_counter() - halfway, 3),
     }
     if rounded is not None:
-        record["calibration"] = compared(case, taps, rounded.run(case.inputs), reference.config)[0]
+        own = rounded.run(case.inputs)
+        own["last_logits"] = own["logits"][:, case.ends]
+        record["calibration"] = compared(case, taps, own, reference.config)[0]
     if other is not None:
         again = compared(case, taps, other.run(case.inputs), reference.config)[0]
         record["noise"] = {tap: m["rel_l2"] for tap, m in again.items() if m.get("rel_l2") is not None}
@@ -219,12 +221,17 @@ def compared(
             missing.append(f"layers.{n}")
     logits = reference["logits"], taps["logits"]
     out["logits"] = logit_metrics(*logits, comparable[-1], mask)
+    if "last_logits" in taps:
+        places = comparable[-1][:, case.ends], mask[:, case.ends]
+        out["last_logits"] = logit_metrics(reference["logits"][:, case.ends], taps["last_logits"], *places)
+    else:
+        missing.append("last_logits")
     if case.scored and not out["logits"]["nonfinite"]:
         out["perplexity"] = perplexity_metrics(*logits, case.inputs["input_ids"], comparable[-1])
     if "tapped_logits_differ" in taps:
         differ = float(taps["tapped_logits_differ"])
         finite = math.isfinite(differ)
         out["tapped_logits"] = {"max_abs": differ} if finite else {"max_abs": None, "nonfinite": 1}
-    places, lost = int(mask.sum()), int((mask & ~comparable[-1]).sum())
-    out["comparable"] = {"places": places, "excluded": lost, "excluded_share": lost / places}
+    total, lost = int(mask.sum()), int((mask & ~comparable[-1]).sum())
+    out["comparable"] = {"places": total, "excluded": lost, "excluded_share": lost / total}
     return out, missing
