@@ -1,4 +1,4 @@
-"""What a graph for Ascend must keep to as a whole: how it uses its caches, weights, inputs and numbers.
+"""What a graph must keep to as a whole: how it uses its caches and inputs, and on Ascend its weights and numbers.
 
 The front end that traces it is no device: it accepts graphs that a device would run wrongly, or with a second copy of
 weights or cache. Every rule looks at the MindIR that is about to be written, whoever made it. What single operators take
@@ -124,14 +124,17 @@ def launches(model: Any) -> Counter[str]:
     return Counter(o for o in map(operator, model.graph.node) if o not in FREE)
 
 
-def check(name: str, model: Any, caches: Collection[str], inputs: Ports) -> None:
+def check(name: str, model: Any, caches: Collection[str], inputs: Ports, device: bool = True) -> None:
     """Hold a graph against every rule.
+
+    Args:
+        device: it is for one; if not, only the rules count that hold wherever a graph runs.
 
     Raises:
         ExportError: it breaks one; the message names the graph and the node.
     """
     lint = Lint(name, model, caches, inputs)
-    for rule in RULES:
+    for rule in RULES if device else EVERYWHERE:
         for node, what in rule(lint):
             raise ExportError(f"{name}: node {node}: {what}")
 
@@ -229,9 +232,9 @@ def named(node: Any) -> str:
     return f"{plain(node.output[0])} ({operator(node)})"
 
 
+EVERYWHERE: tuple[Callable[[Lint], Broken], ...] = (bindings, unordered_caches)
 RULES: tuple[Callable[[Lint], Broken], ...] = (
-    bindings,
-    unordered_caches,
+    *EVERYWHERE,
     changed_weights,
     large_constants,
     int64_arithmetic,

@@ -126,8 +126,8 @@ def _write_graphs(
     traced = _Traced(releases=set(releases.CANN if target.runtime else ()))
 
     def write(graph: GraphPlan, model: Any, external: bool) -> None:
+        lint.check(graph.name, model, graph.caches, graph.inputs, device=bool(target.runtime))
         if target.runtime:
-            lint.check(graph.name, model, graph.caches, graph.inputs)
             legality.check(graph.name, model, target.runtime, target.products)
             traced.releases &= releases.run_by(model)
         records[graph.name] = _write_graph(graph, model, external, directory)

@@ -629,3 +629,17 @@ def test_a_bundle_for_another_device_is_refused(monkeypatch):
         BundleError, match="is for cpu, but MindSpore runs on Ascend; export with --target ascend"
     ):
         MindIRModel.from_bundle(bundles.bundle(FP32))
+
+
+def test_on_a_cpu_too_a_cache_is_read_only_as_what_its_write_gives():
+    """What runs nodes in another order than the file's would read it before the write."""
+    directory = bundles.bundle("tiny8-bf16")
+    record = Bundle.load(directory).graphs["decode-128"]
+    model = mindir.read(directory / record.file)
+    given = {p.name: (p.shape, p.dtype) for p in record.inputs}
+    lint.check("decode-128", model, [p.name for p in record.caches], given, device=False)
+    write = next(n for n in model.graph.node if lint.operator(n) == "ScatterUpdate")
+    for node in model.graph.node:
+        node.input[:] = [write.input[0] if v == write.output[0] else v for v in node.input]
+    with pytest.raises(ExportError, match="reads cache.0.0 without waiting for its write"):
+        lint.check("decode-128", model, [p.name for p in record.caches], given, device=False)

@@ -207,12 +207,18 @@ class ModelCandidate:
         return _numpy(ids)[:, inputs["input_ids"].shape[1] :]
 
     def _last_logits(self, inputs: Inputs, calls: Sequence[int]) -> np.ndarray:
+        """Continuing calls hand in rows of the embedding table, as a picture's features come: decode graphs take both."""
         cache = self.model.engine.new_cache(len(inputs["input_ids"]))
+        pictures = {k: inputs[k] for k in ("pixel_values", "image_grid_hws") if k in inputs}
+        several = len(calls) > 1
+        table = self.model.array("language_model.model.embed_tokens.weight") if several else np.empty(0)
         at, found = 0, []
         for n in calls:
-            pictures = {k: inputs.get(k) if at == 0 else None for k in ("pixel_values", "image_grid_hws")}
             ids, mask = inputs["input_ids"][:, at : at + n], inputs["attention_mask"][:, : at + n]
-            prompt = self.model.prepare(ids, mask, cache=cache, **pictures)
+            if at == 0:
+                prompt = self.model.prepare(ids, mask, cache=cache, **pictures)
+            else:
+                prompt = self.model.prepare(None, mask, cache=cache, inputs_embeds=table[ids])
             rows = self.model.engine.extend(cache, prompt.rows)
             found.append(np.stack([row.logits[-1][-1] for row in rows]))
             at += n
