@@ -13,6 +13,7 @@ from typing import Any
 from .judge import Judgement
 from .summary import (
     CASE_HEAD,
+    SHOWN_ON,
     STAGE_HEAD,
     case_cells,
     finding_text,
@@ -63,6 +64,7 @@ def render_markdown(run: dict[str, Any], judgement: Judgement) -> str:
         lines += [f"Unwitnessed operators: {_plain(', '.join(operators) or 'none')}", ""]
     lines += _list("To be known", judgement.notes, "report.html")
     versions = (f"{name} {version or 'not installed'}" for name, version in run["environment"].items())
+    lines += [SHOWN_ON, ""]
     lines.append(_plain(f"Profile {' and '.join(judgement.profiles)}; {', '.join(versions)}"))
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from .runs import save_run
 from .summary import (
     CASE_HEAD,
     METRIC_WORDS,
+    SHOWN_ON,
     STAGE_HEAD,
     case_cells,
     finding_text,
@@ -131,6 +132,7 @@ def render_html(run: dict[str, Any], judgement: Judgement) -> str:
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         first_failures=first_failures(run, judgement),
         metric_words=METRIC_WORDS,
+        shown_on=SHOWN_ON,
         stage_head=STAGE_HEAD,
         stage_cells=stage_cells,
         sides=[(run["reference"], "Reference"), *((side, "Candidate") for side in candidates.values())],
