@@ -66,3 +66,22 @@ def test_the_workflow_passes_on_nano(steps, commands, tmp_path):
     for path in uploaded(steps):
         assert (tmp_path / path).stat().st_size > 1000
     parity.valid(tmp_path / "parity" / "run.json")
+
+
+@pytest.mark.slow
+def test_the_chain_passes_on_a_golden_checkpoint():
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [root / "scripts" / "chain", "tests/data/tiny8-bf16"], cwd=root, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = root / "chain-out" / "tiny8-bf16" / "report"
+    run = parity.valid(report / "run.json")
+    stages = [(link["candidate"]["stage"], link["candidate"].get("target")) for link in run["links"]]
+    assert stages == [
+        ("network", None),
+        ("bundle", "cpu"),
+        ("interpreter", "ascend"),
+        ("interpreter", "lite"),
+    ]
+    assert {path.name for path in report.iterdir()} == parity.REPORT
