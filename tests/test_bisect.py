@@ -14,6 +14,7 @@ from test_ascend_interpreted import bundle as device_bundle
 
 from kimi_vl.modeling.positions import text_rope
 from kimi_vl.verify.bisect import examine, first_bad
+from kimi_vl.verify.bisect_cli import _shown
 from kimi_vl.verify.candidates import inspect
 from kimi_vl.verify.cases import SeededSource, build, select, suite
 from kimi_vl.verify.interpreted import InterpretedModel
@@ -229,3 +230,22 @@ def test_a_slot_too_early_is_the_cache(target):
     made.engine.graphs.text = off
     bad = first_bad(oracle(), made, case("steps"))
     assert (bad.layer, bad.point, bad.kind, bad.call) == ("layers.0", "cache", "decode", 2)
+
+
+def test_the_bad_layer_is_shown_point_by_point():
+    name = LAYER.format(1) + "self_attn.o_proj.weight"
+    text = _shown([examine(oracle(), with_weight(model("ascend"), name, louder), case("image"))])
+    assert (
+        "first bad: decoder layer 1, the output projection (o_proj), case image, call 1 (prefill-logits)"
+        in text
+    )
+    assert f"reads: {name}" in text and "nodes: graph:" in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
+    assert rows["o_proj"].endswith("bad, the first") and rows["attention_sum"].endswith("bad")
+    assert "bad" not in rows["attention"] and "scores" not in rows
+
+
+def test_what_a_fused_operator_hides_is_told():
+    text = _shown([examine(oracle(), bundle("ascend"), case("text"))])
+    assert "nothing bad in text" in text
+    assert "not visible in prefill-logits graphs, inside fused operators: scores, softmax" in text

@@ -56,7 +56,7 @@ class BadPoint:
     """The first bad point.
 
     Attributes:
-        layer: its stage: `vision`, `blocks.N`, `projector`, `embedding`, `layers.N` or `head`.
+        layer: its stage, `where` in words: `vision`, `blocks.N`, `projector`, `embedding`, `layers.N` or `head`.
         point: its name, see `points`; `what` says it in words.
         call: of the case, from 1 on; `graph` is what ran, of that `kind`.
         row, token: where it is farthest; of a picture, its number and the patch.
@@ -66,6 +66,7 @@ class BadPoint:
     """
 
     layer: str
+    where: str
     point: str
     what: str
     case: str
@@ -84,7 +85,7 @@ class BadPoint:
         place = "patch" if self.kind == "vision" else "token"
         row = "picture" if self.kind == "vision" else "row"
         return (
-            f"first bad: {self.layer}, {self.what} ({self.point}), case {self.case}, call {self.call} ({self.kind}), "
+            f"first bad: {self.where}, {self.what} ({self.point}), case {self.case}, call {self.call} ({self.kind}), "
             f"{self.distance:.1e}, allowed {self.limit:.1e}, farthest at {row} {self.row}, {place} {self.token}"
         )
 
@@ -177,6 +178,7 @@ def _bad(case: Case, stage: Stage, seen: Seen, bad: Compared, table: list[Compar
     assert bad.distance is not None
     return BadPoint(
         layer=stage.name,
+        where=stage.what,
         point=point.name,
         what=point.what,
         case=case.name,

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from .bisect_cli import bisect
 from .envelope_cli import envelope
 
 OK, PARITY_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -32,6 +33,7 @@ Examples:
   verify-parity record --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --out pack.npz
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report --pack pack.npz --device-report report.json
   verify-parity envelope --candidate ./mindir
+  verify-parity bisect --reference nano --candidate ./mindir
 
 \b
 Exit status:
@@ -171,6 +173,7 @@ def cli(
         )
 
 
+cli.add_command(bisect)
 cli.add_command(envelope)
 
 
@@ -224,7 +227,7 @@ def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed
     from .golden import record as record_pack
     from .oracle import build_oracle
 
-    with _about("--reference"):
+    with about("--reference"):
         reference = resolve(source)
         fetch(reference)
     found = inspect(candidate, "interpreter")
@@ -280,7 +283,7 @@ def _verify(
     from .remote import code_of
 
     thresholds = [load_profile(name) for name in profiles]
-    with _about("--reference"):
+    with about("--reference"):
         reference = resolve(source)
     directory = reference.directory
     code = code_of(directory) if python else None
@@ -288,7 +291,7 @@ def _verify(
         raise ValueError("--reference-code: remote runs in fp32 alone, so leave out --arithmetic rounded")
     given = []
     for candidate in candidates:
-        with _about("--candidate"):
+        with about("--candidate"):
             other = resolve(candidate)
         given.append((_called(candidate, other), other.directory))
     own = read_inputs(Path(inputs), directory) if inputs is not None else None
@@ -325,7 +328,7 @@ def _verify(
     Path(report).mkdir(
         parents=True, exist_ok=True
     )  # a report that cannot be written is known before the work
-    with _about("--reference"):
+    with about("--reference"):
         stored = fetch(reference).dtype  # of a repository, this downloads what is not there yet
     if code:
         say(f"warning: --reference-code remote executes {code} and what it imports from {shown}")
@@ -339,7 +342,7 @@ def _verify(
 
 
 @contextmanager
-def _about(option: str) -> Iterator[None]:
+def about(option: str) -> Iterator[None]:
     """What is wrong with a SRC is told with the option that named it."""
     from ..convert.errors import ConversionError
 
