@@ -12,7 +12,7 @@ kernels that a device or MindSpore has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def examine(
         watching = Watching(model, case, now)
         calls = watching.run()
         for stage in now:
-            tables = _judge(expected, watching, calls, stage)
+            tables = _with_common_limits(list(_judge(expected, watching, calls, stage)))
             judged[stage.name] = 0.0
             optional = {point.name for point in stage.points if point.optional}
             for seen, table in tables:
@@ -157,6 +157,15 @@ def examine(
                 if bad:
                     return Outcome(case.name, _bad(case, stage, seen, bad, table), _sorted(hidden), judged)
     return Outcome(case.name, None, _sorted(hidden), judged)
+
+
+def _with_common_limits(tables: list[tuple[Seen, list[Compared]]]) -> list[tuple[Seen, list[Compared]]]:
+    """Each point with its largest limit of all calls: what rounding costs a single token differs from one to the next."""
+    limits: dict[str, float] = {}
+    for _, table in tables:
+        for point in table:
+            limits[point.point] = max(limits.get(point.point, 0.0), point.limit)
+    return [(seen, [replace(point, limit=limits[point.point]) for point in table]) for seen, table in tables]
 
 
 def _sorted(hidden: dict[str, set[str]]) -> dict[str, tuple[str, ...]]:
@@ -257,12 +266,8 @@ def _picture(
         want, fp32 = want[order], fp32[order]
     compared = _distance(point, [(seen.picture, 0, value[: len(want)], want, fp32)])
     if len(want) == len(order):
-        compared = _at(compared, int(order[compared.token]))
+        compared = replace(compared, token=int(order[compared.token]))
     return compared
-
-
-def _at(compared: Compared, token: int) -> Compared:
-    return Compared(compared.point, compared.what, compared.distance, compared.limit, compared.row, token)
 
 
 def _text(
