@@ -102,12 +102,11 @@ def test_verify_parity_judges_it_rounded_by_what_rounding_costs_torch(tmp_path):
     assert result.exit_code == 0, result.output
     assert "PASSED" in result.stdout and "results rounded to bfloat16" in result.stdout
     assert "unwitnessed operators: FusedInferAttentionScore;" in result.stdout
-    saved = json.loads((tmp_path / "run.json").read_text())
-    assert (
-        saved["candidate"]["arithmetic"] == "rounded" and saved["cases"][0]["calibration"]["logits"]["kl"] > 0
-    )
+    fp32, rounded = json.loads((tmp_path / "run.json").read_text())["links"]
+    assert (fp32["candidate"]["arithmetic"], rounded["candidate"]["arithmetic"]) == ("lifted", "rounded")
+    assert rounded["cases"][0]["calibration"]["logits"]["kl"] > 0 and "calibration" not in fp32["cases"][0]
     again = CliRunner().invoke(cli, ["judge", str(tmp_path / "run.json")])
-    assert again.exit_code == 0 and "checks of profile bf16 hold" in again.stdout
+    assert again.exit_code == 0 and "checks of profile strict and bf16 hold" in again.stdout
 
 
 class Spoilt:
