@@ -238,6 +238,11 @@ def routing_metrics(
     }
 
 
+def tied_places(reference: np.ndarray, candidate: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """Where the candidate took other experts `[..., k]` than the reference, in a tie by its `gap` `[...]`."""
+    return (np.sort(reference, -1) != np.sort(candidate, -1)).any(-1) & (gap < ROUTING_TIE)
+
+
 def comparable_places(
     reference: np.ndarray, candidate: np.ndarray, gap: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
@@ -251,8 +256,7 @@ def comparable_places(
         gap: `[Lm, B, S]`.
         mask: `[B, S]` bool.
     """
-    flipped = (np.sort(reference, -1) != np.sort(candidate, -1)).any(-1)
-    tie = flipped & (gap < ROUTING_TIE) & mask
+    tie = tied_places(reference, candidate, gap) & mask
     lost = np.logical_or.accumulate(np.logical_or.accumulate(tie, axis=-1), axis=0)
     return mask & ~np.concatenate([np.zeros_like(lost[:1]), lost])
 

@@ -13,15 +13,8 @@ import numpy as np
 from ..modeling.configuration import ModelConfig
 from .candidates import Candidate
 from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts, fitted, inputs_hash
-from .metrics import (
-    comparable_places,
-    greedy_metrics,
-    logit_metrics,
-    perplexity_metrics,
-    routing_metrics,
-    settled_places,
-    tensor_metrics,
-)
+from .comparison import Comparison, raised
+from .metrics import greedy_metrics
 from .spool import Spool
 
 LONGEST_COVER = 512  # tokens of the case that looks for every expert
@@ -146,8 +139,25 @@ def _compare(
     case: Case, reference: dict[str, np.ndarray], greedy: Any, candidate: Candidate, config: ModelConfig
 ) -> dict[str, Any]:
     """One case's record."""
+    record = case_record(case)
+    try:
+        taps = candidate.run(case.inputs, case.calls)
+        record["taps"], record["missing"] = compared(case, reference, taps, config)
+        if greedy is not None:
+            tokens = candidate.greedy(case.inputs, case.new_tokens)
+            scale = float(np.abs(reference["logits"]).max())
+            record["taps"]["greedy"] = greedy_metrics(greedy, tokens) | {"scale": scale}
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever a candidate raises, the case has failed, and the report says so
+        record["error"] = raised(e)
+    return record
+
+
+def case_record(case: Case) -> dict[str, Any]:
+    """A case's record, still without figures."""
     ids = case.inputs["input_ids"]
-    record: dict[str, Any] = {
+    return {
         "name": case.name,
         "what": case.what,
         "seed": case.seed,
@@ -162,18 +172,6 @@ def _compare(
         "missing": [],
         "error": None,
     }
-    try:
-        taps = candidate.run(case.inputs, case.calls)
-        record["taps"], record["missing"] = compared(case, reference, taps, config)
-        if greedy is not None:
-            tokens = candidate.greedy(case.inputs, case.new_tokens)
-            scale = float(np.abs(reference["logits"]).max())
-            record["taps"]["greedy"] = greedy_metrics(greedy, tokens) | {"scale": scale}
-    except MemoryError:
-        raise
-    except Exception as e:  # whatever a candidate raises, the case has failed, and the report says so
-        record["error"] = f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no text'])[0]}"
-    return record
 
 
 def compared(
@@ -182,56 +180,42 @@ def compared(
     """The metrics of each tap in network order, and the names of those that the candidate does not give."""
     if "logits" not in taps:
         raise ValueError("the candidate gives no logits")
-    mask = case.inputs["attention_mask"].astype(bool)
-    out: dict[str, Any] = {}
+    done = Comparison(case.inputs["attention_mask"])
     missing: list[str] = []
     for name in ("vision_out", "projector_out"):
         if name in reference and name in taps:
-            where = np.ones(reference[name].shape[:-1], bool)
-            out[name] = tensor_metrics(reference[name], taps[name], where)
+            done.pictures(name, reference[name], taps[name])
         elif name in reference:
             missing.append(name)
     if "inputs_embeds" in taps:
-        out["inputs_embeds"] = tensor_metrics(reference["inputs_embeds"], taps["inputs_embeds"], mask)
+        done.embeddings(reference["inputs_embeds"], taps["inputs_embeds"])
     else:
         missing.append("inputs_embeds")
     moe = config.text.moe_layers
-    comparable = settled = np.broadcast_to(mask, (len(moe) + 1, *mask.shape))
     has_routing = bool(moe) and "router_topk_indices" in taps
     if has_routing:
         routing = (reference["router_topk_indices"], taps["router_topk_indices"], reference["router_gap"])
         if routing[1].shape != routing[0].shape:
             raise ValueError(f"router_topk_indices of shape {routing[1].shape}, expected {routing[0].shape}")
-        comparable, settled = comparable_places(*routing, mask), settled_places(*routing[:2], mask)
     elif moe:
         missing += [f"router.{n}" for n in moe]
-    passed = 0  # MoE layers
     for n in range(config.text.num_hidden_layers):
-        if n in moe:
-            if has_routing:
-                chosen, theirs, gap = (a[passed] for a in routing)
-                out[f"router.{n}"] = routing_metrics(chosen, theirs, gap, comparable[passed])
-            passed += 1
+        if n in moe and has_routing:
+            done.router(n, *(a[moe.index(n)] for a in routing))
         if "hidden_states" in taps:
-            states = reference["hidden_states"][n], taps["hidden_states"][n]
-            out[f"layers.{n}"] = tensor_metrics(*states, comparable[passed], mask)
-            where = comparable[passed] & settled[passed]
-            out[f"layers.{n}"]["nmse_settled"] = tensor_metrics(*states, where)["nmse"]
+            done.layer(n, reference["hidden_states"][n], taps["hidden_states"][n])
         else:
             missing.append(f"layers.{n}")
-    logits = reference["logits"], taps["logits"]
-    out["logits"] = logit_metrics(*logits, comparable[-1], mask)
+    done.logits(reference["logits"], taps["logits"])
     if "last_logits" in taps:
-        places = comparable[-1][:, case.ends], mask[:, case.ends]
-        out["last_logits"] = logit_metrics(reference["logits"][:, case.ends], taps["last_logits"], *places)
+        done.last_logits(reference["logits"], taps["last_logits"], case.ends)
     else:
         missing.append("last_logits")
-    if case.scored and not out["logits"]["nonfinite"]:
-        out["perplexity"] = perplexity_metrics(*logits, case.inputs["input_ids"], comparable[-1])
+    if case.scored:
+        done.perplexity(reference["logits"], taps["logits"], case.inputs["input_ids"])
     if "tapped_logits_differ" in taps:
         differ = float(taps["tapped_logits_differ"])
         finite = math.isfinite(differ)
-        out["tapped_logits"] = {"max_abs": differ} if finite else {"max_abs": None, "nonfinite": 1}
-    total, lost = int(mask.sum()), int((mask & ~comparable[-1]).sum())
-    out["comparable"] = {"places": total, "excluded": lost, "excluded_share": lost / total}
-    return out, missing
+        done.taps["tapped_logits"] = {"max_abs": differ} if finite else {"max_abs": None, "nonfinite": 1}
+    done.left_out()
+    return done.taps, missing
