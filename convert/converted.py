@@ -61,6 +61,10 @@ class ConvertedWeights(Weights):
         """A tensor as a view of its file's map, wherever it stands there. Raises KeyError."""
         return self._shards[self.manifest.tensors[name].file].array(name)
 
+    def forget(self, name: str) -> None:
+        """Takes a tensor's pages out of this process's memory, see `mapped_file`. Raises KeyError."""
+        self._shards[self.manifest.tensors[name].file].forget(name)
+
     def location(self, name: str) -> tuple[str, int, int]:
         """File name, offset from the file's start (in safetensors a multiple of 64), length in bytes. Raises KeyError."""
         record = self.manifest.tensors[name]

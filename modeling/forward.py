@@ -121,7 +121,7 @@ class KimiVLForward:
         cache = past_key_values or self.engine.new_cache(b)
         taps = output_taps or output_hidden_states
         rows = self.engine.extend(cache, prompt.rows, all_logits=True, taps=taps)
-        logits = _spread([r.logits for r in rows], prompt.mask, self.model_config.text.vocab_size)
+        logits = spread([r.logits for r in rows], prompt.mask, self.model_config.text.vocab_size)
         out = KimiVLOutput(logits=ms.Tensor(logits))
         if labels is not None:
             out.loss = ms.Tensor(np.float32(_loss(logits, to_numpy(labels), self.model_config.ignore_index)))
@@ -256,7 +256,7 @@ class KimiVLForward:
             "inputs_embeds": self._embeddings(prompt),
             "hidden_states": np.stack(
                 [
-                    _spread([[s[i]] for s in states], mask, text.hidden_size)
+                    spread([[s[i]] for s in states], mask, text.hidden_size)
                     for i in range(text.num_hidden_layers)
                 ]
             ),
@@ -265,7 +265,7 @@ class KimiVLForward:
             chosen = [np.sort(np.concatenate(r.router_topk_indices, 1), -1) for r in rows]
             out["router_topk_indices"] = np.stack(
                 [
-                    _spread([[c[i]] for c in chosen], mask, text.num_experts_per_tok, fill=-1)
+                    spread([[c[i]] for c in chosen], mask, text.num_experts_per_tok, fill=-1)
                     for i in range(len(text.moe_layers))
                 ]
             )
@@ -304,7 +304,7 @@ def _token_mask(attention_mask: np.ndarray | None, batch: int, tokens: int) -> n
     return mask
 
 
-def _spread(parts: list[list[np.ndarray]], mask: np.ndarray, width: int, fill: int = 0) -> np.ndarray:
+def spread(parts: list[list[np.ndarray]], mask: np.ndarray, width: int, fill: int = 0) -> np.ndarray:
     """Rows without padding, each in parts [n, width], back to [B, T, width]."""
     first = parts[0][0]
     out = np.full((*mask.shape, width), fill, first.dtype)

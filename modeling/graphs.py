@@ -72,12 +72,16 @@ class TextGraph(nn.Cell):
         self.moe_layers = len(text.moe_layers)
         self.taps = taps
 
-    def layers(self, input_ids, embeds, embeds_mask, cos, sin, start):
-        """The last layer's output [R, H], and the taps."""
+    def embedded(self, input_ids, embeds, embeds_mask):
+        """The first layer's input [R, H]."""
         rows = self.batch * self.tokens
         x = self.language_model.model.embed_tokens(ops.reshape(input_ids, (rows,)))
         replaced = ops.broadcast_to(ops.greater(ops.reshape(embeds_mask, (rows, 1)), 0), (rows, self.hidden))
-        x = ops.select(replaced, ops.reshape(embeds, (rows, self.hidden)), x)
+        return ops.select(replaced, ops.reshape(embeds, (rows, self.hidden)), x)
+
+    def layers(self, x, cos, sin, start):
+        """The last layer's output [R, H] for the first one's input x, and the taps."""
+        rows = self.batch * self.tokens
         cos, sin = ops.reshape(cos, (rows, -1)), ops.reshape(sin, (rows, -1))
         hidden, routing = self.language_model.model(
             x, cos, sin, self.caches, self.slots(start), self.window(start)
@@ -90,7 +94,7 @@ class TextGraph(nn.Cell):
         return hidden[-1], taps
 
     def construct(self, input_ids, embeds, embeds_mask, cos, sin, start):
-        x, taps = self.layers(input_ids, embeds, embeds_mask, cos, sin, start)
+        x, taps = self.layers(self.embedded(input_ids, embeds, embeds_mask), cos, sin, start)
         logits = ops.reshape(self.language_model(x), (self.batch, self.tokens, self.vocab))
         return (logits,) + taps
 
@@ -99,7 +103,28 @@ class LastLogitsGraph(TextGraph):
     """A chunk of tokens of each batch row -> logits of each row's last valid token [B, 1, V] (, taps)."""
 
     def construct(self, input_ids, embeds, embeds_mask, cos, sin, start, last):  # type: ignore[override]
-        x, taps = self.layers(input_ids, embeds, embeds_mask, cos, sin, start)
+        x, taps = self.layers(self.embedded(input_ids, embeds, embeds_mask), cos, sin, start)
         rows = last + ops.cast(ops.range(0, self.batch, 1), ms.int32) * self.tokens
         logits = ops.reshape(self.language_model(ops.gather(x, rows, 0)), (self.batch, 1, self.vocab))
         return (logits,) + taps
+
+
+class LayersGraph(TextGraph):
+    """The decoder layers alone: their input for new tokens of each batch row [B, T, H] -> the taps."""
+
+    def construct(self, embeds, cos, sin, start):  # type: ignore[override]
+        _, taps = self.layers(ops.reshape(embeds, (-1, self.hidden)), cos, sin, start)
+        return taps
+
+
+class HeadGraph(nn.Cell):
+    """The final norm and the head alone: the last layer's output [B, T, H] -> logits [B, T, V]."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.language_model = model
+
+    def construct(self, embeds):
+        batch, tokens, hidden = embeds.shape
+        logits = self.language_model(ops.reshape(embeds, (-1, hidden)))
+        return (ops.reshape(logits, (batch, tokens, -1)),)

@@ -69,6 +69,12 @@ def text_inputs(config: ModelConfig, batch: int, tokens: int, all_logits: bool) 
     return inputs
 
 
+def layers_inputs(config: ModelConfig, batch: int, tokens: int) -> Ports:
+    """Of a graph of decoder layers alone: `embeds` is the first one's input, the rest as of a text graph."""
+    inputs = text_inputs(config, batch, tokens, all_logits=True)
+    return {name: inputs[name] for name in ("embeds", "cos", "sin", "start")}
+
+
 def text_outputs(config: ModelConfig, batch: int, tokens: int, all_logits: bool, taps: bool) -> Ports:
     """Of a text graph: the logits, and with taps every layer's output and the MoE layers' chosen experts."""
     text = config.text

@@ -147,11 +147,14 @@ class Oracle:
             Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
         """
         arguments, mask = self.arguments(inputs)
-        model: Any = self.network.model
-        recorder = Recorder(model.language_model.layers, model.mm_projector, _routing)
-        with suited_to(self.config.text.hidden_size), recorder:
+        with suited_to(self.config.text.hidden_size), self.recorder() as recorder:
             logits = self.network(**arguments, use_cache=False).logits
         return recorder.taps(mask) | {"logits": as_numpy(logits) * mask[..., None]}
+
+    def recorder(self) -> Recorder:
+        """Records the layers that the network has."""
+        model: Any = self.network.model
+        return Recorder(model.language_model.layers, model.mm_projector, _routing)
 
     @torch.no_grad()
     def greedy(self, inputs: Inputs, n: int) -> Greedy:
@@ -160,6 +163,7 @@ class Oracle:
             return greedy(self.network, self.arguments(inputs)[0], n, logits_to_keep=1)
 
     def arguments(self, inputs: Inputs) -> tuple[dict[str, Any], np.ndarray]:
+        """The network's arguments for `inputs`, and the attention mask as bool. Raises OracleError: they do not fit."""
         ids = np.asarray(inputs["input_ids"]).astype(np.int64)
         given = inputs.get("attention_mask")
         mask = np.ones_like(ids, bool) if given is None else np.asarray(given).astype(bool)

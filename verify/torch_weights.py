@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,19 +151,34 @@ def load_published(network: torch.nn.Module, directory: str | Path, config: Mode
     Raises:
         OracleError: as :func:`build_oracle`.
     """
-    directory = Path(directory)
-    files = tensor_files(directory)
-    pieces = list(table(config))
-    state = network.state_dict()
-    _require_same_names("Torch reference", _filled(state), {p.oracle for p in pieces})
-    found = {name for name in files if not name.endswith(".rotary_emb.inv_freq")}  # recomputed, never read
-    _require_same_names(str(directory), found, {p.published for p in pieces})
-    by_file: dict[Path, list[Piece]] = {}
-    for p in pieces:
-        by_file.setdefault(files[p.published], []).append(p)
-    for path, of_file in by_file.items():
-        try:
-            with safe_open(path, framework="pt") as f:
+    PublishedTensors(network, directory, config).fill(network.state_dict())
+
+
+class PublishedTensors:
+    """The safetensors files of `directory`, which hold what the network's parameters are filled from, and no more.
+
+    Raises:
+        OracleError: as :func:`build_oracle`.
+    """
+
+    def __init__(self, network: torch.nn.Module, directory: str | Path, config: ModelConfig):
+        self._files = tensor_files(Path(directory))
+        self._pieces = list(table(config))
+        state = network.state_dict()
+        _require_same_names("Torch reference", _filled(state), {p.oracle for p in self._pieces})
+        found = {
+            name for name in self._files if not name.endswith(".rotary_emb.inv_freq")
+        }  # recomputed, never read
+        _require_same_names(str(directory), found, {p.published for p in self._pieces})
+
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Writes into the oracle's tensors `state`, which may be some of all, what the files hold for them."""
+        by_file: dict[Path, list[Piece]] = {}
+        for p in self._pieces:
+            if p.oracle in state:
+                by_file.setdefault(self._files[p.published], []).append(p)
+        for path, of_file in by_file.items():
+            with _opened(path) as f:
                 for p in of_file:
                     view, value = p.view(state[p.oracle]), f.get_tensor(p.published)
                     wanted = p.published_shape(view)
@@ -171,8 +187,25 @@ def load_published(network: torch.nn.Module, directory: str | Path, config: Mode
                             f"{path}: {p.published} has shape {tuple(value.shape)}, expected {wanted} from config.json"
                         )
                     view.copy_(value.chunk(p.parts)[p.part].reshape(view.shape))
-        except (OSError, SafetensorError) as e:
-            raise OracleError(f"{path}: cannot be read as safetensors ({e})") from None
+
+    def rows(self, published: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of a published matrix in `dtype`: `[..., D]` for `ids` `[...]`. Only these are read."""
+        unique, where = ids.unique(return_inverse=True)
+        path = self._files[published]
+        with _opened(path) as f:
+            matrix = f.get_slice(published)
+            found = [matrix[i : i + 1] for i in unique.tolist()]
+        return torch.cat(found).to(dtype)[where]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, mapped. Raises OracleError: it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except (OSError, SafetensorError) as e:
+        raise OracleError(f"{path}: cannot be read as safetensors ({e})") from None
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

@@ -32,7 +32,7 @@ class Recorder:
     """While it is entered, decoder layers, routers and projector are recorded.
 
     Args:
-        layers: the decoder layers; one with experts has `mlp.gate`.
+        layers: the decoder layers; one with experts has `mlp.gate`. Without any, pictures alone are recorded.
         projector: takes the vision tower's output, one tensor or one for each picture.
         routing: of a gate, its arguments and its output.
     """
@@ -50,7 +50,8 @@ class Recorder:
         self.embeds: Tensor | None = None
 
     def __enter__(self) -> Recorder:
-        handles = [self.layers[0].register_forward_pre_hook(self._on_embeds, with_kwargs=True)]
+        first = self.layers[:1]
+        handles = [layer.register_forward_pre_hook(self._on_embeds, with_kwargs=True) for layer in first]
         for layer in self.layers:
             handles.append(layer.register_forward_hook(self._on_layer))
             if hasattr(layer.mlp, "gate"):
@@ -79,7 +80,8 @@ class Recorder:
     def taps(self, mask: np.ndarray) -> Taps:
         """See :meth:`verify.oracle.Oracle.run`; `mask` [B, S] is True where there is a token."""
         taps = {name: as_numpy(value) for name, value in self.vision.items()}
-        assert self.embeds is not None
+        if self.embeds is None:
+            return taps
         taps["inputs_embeds"] = as_numpy(self.embeds)
         taps["hidden_states"] = np.stack([as_numpy(h) for h in self.hidden]) * mask[..., None]
         if not self.routers:
