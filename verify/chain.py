@@ -17,7 +17,7 @@ from .own_inputs import OwnInputs, OwnSource
 from .prompts import ProcessorSource, has_processor
 from .remote import RemoteOracle
 from .runner import run_suite
-from .runs import environment, file_hashes, header
+from .runs import assembled, environment, file_hashes
 from .spool import KeptReference, Spool
 
 
@@ -106,9 +106,7 @@ def run_chain(
 
     started = time.time()
     config = ModelConfig.from_file(reference)
-    source: Source = ProcessorSource(reference, config) if has_processor(reference) else SeededSource(config)
-    if own:
-        source = OwnSource(source, own, reference)
+    source = source_of(reference, config, own)
     say("hashing what is compared")
     files = {path: file_hashes(path) for path in {reference, *(link.found.path for link in links)}}
     if python:
@@ -137,7 +135,7 @@ def run_chain(
     rounded: dict[str, KeptReference] = {}
     total = sum(not plan.impossible for link in links for plan in link.plans)
     count = iter(range(1, total + 1))
-    made, seconds, compared = [], [], {}
+    made, compared = [], {}
     for n, link in enumerate(links):
         found = link.found
         dtype = found.rounded
@@ -162,7 +160,6 @@ def run_chain(
         if found.path not in compared and found.kind != "published directory":
             say("comparing weights")
             compared[found.path] = compare(reference, found.path, config)
-        seconds.append(result.pop("header")["seconds"])
         result["candidate"] |= {"path": link.path, "files": files[found.path]}
         if found.path in compared:
             result["weights"] = compared[found.path]
@@ -173,18 +170,16 @@ def run_chain(
         made.append(result)
     if remote:
         remote.close()
-    return {
-        "header": header(started) | {"seconds": seconds},
-        "environment": versions,
-        "reference": {
-            "class": "transformers Kimi_K25ForConditionalGeneration",
-            "runs_on": f"Torch {versions['torch']} on CPU",
-            "dtype": "float32",
-            "files": files[reference],
-        }
-        | (remote.describe() if remote else {}),
-        "links": made,
-    }, spool
+    run = assembled(started, versions, files[reference], made)
+    if remote:
+        run["reference"] |= remote.describe()
+    return run, spool
+
+
+def source_of(reference: Path, config: ModelConfig, own: OwnInputs | None) -> Source:
+    """Where cases of this reference come from."""
+    source: Source = ProcessorSource(reference, config) if has_processor(reference) else SeededSource(config)
+    return OwnSource(source, own, reference) if own else source
 
 
 def _name(n: int, link: ChainLink) -> str:

@@ -29,6 +29,7 @@ Examples:
   verify-parity --reference nano --candidate ./mindir --report ./report --arithmetic rounded
   verify-parity --reference nano --candidate ./ckpt --report ./report --inputs ./questions --cases inputs
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./ckpt --report ./report --reference-code remote --reference-python old/bin/python
+  verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./ckpt --report ./report --stream
   verify-parity judge ./report/run.json --profile my-thresholds.json
   verify-parity record --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --out pack.npz
   verify-parity --reference ./Kimi-VL-A3B-Instruct --candidate ./mindir --report ./report --pack pack.npz --device-report report.json
@@ -107,6 +108,9 @@ class MissingPackage(RuntimeError):
     metavar="PYTHON",
     help="Of --reference-code remote: the Python of an environment with an older transformers.  [default: this one]",
 )
+@click.option(
+    "--stream", is_flag=True, help="Layer by layer, in the memory of one; of a converted directory."
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Of the inputs.  [default: fixed]")
 @click.option(
     "--device-report", metavar="FILE", help="What run_on_device.py of this bundle wrote; needs --pack."
@@ -127,6 +131,7 @@ def cli(
     arithmetic: str,
     reference_code: str,
     reference_python: str | None,
+    stream: bool,
     seed: int | None,
     device_report: str | None,
     pack: str | None,
@@ -166,6 +171,7 @@ def cli(
             through,
             arithmetic,
             python,
+            stream,
             seed,
             device,
             as_json,
@@ -267,6 +273,7 @@ def _verify(
     through: str | None,
     arithmetic: str,
     python: str | None,
+    stream: bool,
     seed: int | None,
     device: tuple[Path, Path] | None,
     as_json: bool,
@@ -281,6 +288,7 @@ def _verify(
     from .own_inputs import read_inputs
     from .prompts import has_processor
     from .remote import code_of
+    from .stream import run_stream, streamed
 
     thresholds = [load_profile(name) for name in profiles]
     with about("--reference"):
@@ -296,6 +304,10 @@ def _verify(
         given.append((_called(candidate, other), other.directory))
     own = read_inputs(Path(inputs), directory) if inputs is not None else None
     links: list[ChainLink] = find_links(given, through, arithmetic, names, own.plans if own else ())
+    if stream:
+        if code:
+            raise ValueError("--stream: runs transformers' layers, so leave out --reference-code remote")
+        links = [streamed(links, thresholds, names, own.plans if own else ())]
     for link in links:
         require_same_model(directory, link.found)
     if device:
@@ -336,9 +348,14 @@ def _verify(
         from .chain import run_chain
     except ImportError as e:
         raise MissingPackage(f"the Torch reference cannot be imported ({e})") from None
-    run, spool = run_chain(directory, links, seed, Path(report), say, own, python)
+    if stream:
+        run, state = run_stream(directory, links[0], seed, Path(report), say, own)
+        finished = state.remove
+    else:
+        run, spool = run_chain(directory, links, seed, Path(report), say, own, python)
+        finished = spool.remove
     run["reference"] |= {"path": shown, "revision": reference.revision, "stored": stored}
-    _conclude(run, thresholds, report, as_json, spool.remove)
+    _conclude(run, thresholds, report, as_json, finished)
 
 
 @contextmanager

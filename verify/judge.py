@@ -23,9 +23,9 @@ from typing import Any
 from .device import findings as device_findings
 from .metrics import NOT_A_TIE
 
-# In network order; "layers.0" and "router.0" stand for those of every layer.
+# In network order; those of layer 0 stand for those of every layer.
 TAPS = (
-    *("vision_out", "projector_out", "inputs_embeds", "router.0", "layers.0"),
+    *("vision_out", "projector_out", "inputs_embeds", "router.0", "forced.0", "layers.0"),
     *("logits", "last_logits", "perplexity", "greedy", "tapped_logits", "comparable", "weights"),
 )
 PROFILES = Path(__file__).parent / "profiles"
@@ -158,10 +158,10 @@ class Judgement:
 
 
 def network_order(tap: str) -> tuple[int, int, int]:
-    """Sorts taps along the way of the data; within a layer, the router comes before the layer's output."""
+    """Sorts taps along the way of the data; within a layer, the router comes before the layer's outputs."""
     stem, _, number = tap.partition(".")
-    if stem in ("router", "layers"):
-        return TAPS.index("router.0"), int(number), int(stem == "layers")
+    if f"{stem}.0" in TAPS:
+        return TAPS.index("router.0"), int(number), TAPS.index(f"{stem}.0")
     return (TAPS.index(stem) if stem in TAPS else -1), 0, 0  # an error comes before all
 
 
@@ -172,6 +172,8 @@ def describe_tap(tap: str) -> str:
         return f"decoder layer {number}"
     if stem == "router":
         return f"router of decoder layer {number}"
+    if stem == "forced":
+        return f"decoder layer {number} on the reference's input"
     names = {
         "vision_out": "vision tower",
         "projector_out": "projector",
@@ -287,6 +289,13 @@ def judge(link: dict[str, Any], profile: Profile) -> Verdict:
         verdict.notes.append(
             f"not available in this candidate, so not judged: {', '.join(words)} "
             "(export with --taps to have them); logits and tokens were judged"
+        )
+    if link["candidate"].get("streamed"):
+        continued = [case["name"] for case in link["cases"] if len(case["calls"]) > 1]
+        verdict.notes.append(
+            "layer by layer no tokens are generated, because each would take all layers, and graphs that generate do not "
+            "run; cached decoding was judged by "
+            + (f"prompts that are continued ({', '.join(continued)})" if continued else "no case of this run")
         )
     if unwitnessed := link["candidate"].get("unwitnessed"):
         verdict.notes.append(

@@ -66,17 +66,44 @@ def file_hashes(directory: Path, kinds: Sequence[str] = MODEL_FILES) -> dict[str
     return found
 
 
+def assembled(
+    started: float,
+    versions: dict[str, str | None],
+    files: dict[str, dict[str, Any]],
+    links: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The run of `links` as :func:`verify.runner.run_suite` gives them; it lacks only what the reference is called.
+
+    Args:
+        versions: see :func:`environment`.
+        files: the reference's, see :func:`file_hashes`.
+    """
+    seconds = [link["header"]["seconds"] for link in links]
+    return {
+        "header": header(started) | {"seconds": seconds},
+        "environment": versions,
+        "reference": {
+            "class": "transformers Kimi_K25ForConditionalGeneration",
+            "runs_on": f"Torch {versions['torch']} on CPU",
+            "dtype": "float32",
+            "files": files,
+        },
+        "links": [{name: part for name, part in link.items() if name != "header"} for link in links],
+    }
+
+
 # ---- the chain ------------------------------------------------------------------------------------------------------
 
 # Where the published model becomes the one that ships; a link of another kind has its row where it is met.
 CHAIN = ("MindSpore graphs", "Reloaded CPU MindIR", "Ascend MindIR, interpreted")
+LAYER_BY_LAYER = f"{CHAIN[0]}, layer by layer"
 _TARGETS = {"cpu": "CPU", "ascend": "Ascend", "lite": "Lite"}
 
 
 def stage_name(candidate: dict[str, Any]) -> str:
     """What a link's stage is called."""
     if candidate["stage"] == "network":
-        return CHAIN[0]
+        return LAYER_BY_LAYER if candidate.get("streamed") else CHAIN[0]
     if candidate["stage"] == "bundle":
         return CHAIN[1] if not candidate["on_device"] else "Reloaded MindIR"
     rounded = ", rounded" if candidate.get("arithmetic") == "rounded" else ""
@@ -90,8 +117,9 @@ def stages(run: dict[str, Any]) -> list[dict[str, Any]]:
     """
     found = [(stage_name(link["candidate"]), n) for n, link in enumerate(run["links"])]
     known = dict(found)
-    order = {name: place for place, name in enumerate(CHAIN)}
-    names = sorted({*CHAIN, *known}, key=lambda name: (order.get(name.removesuffix(", rounded"), 9), name))
+    rows = (LAYER_BY_LAYER, *CHAIN[1:]) if LAYER_BY_LAYER in known else CHAIN
+    order = {name: place for place, name in enumerate(rows)}
+    names = sorted({*rows, *known}, key=lambda name: (order.get(name.removesuffix(", rounded"), 9), name))
     chain = [{"stage": "Torch reference", "ran": True, "where": f"{run['reference']['runs_on']}, fp32"}]
     for name in names:
         here = [n for stage, n in found if stage == name]
