@@ -19,6 +19,8 @@ from kimi_vl.verify.runner import run_suite
 REPORT = {"run.json", "verdict.json", "junit.xml", "report.md", "report.html"}
 KEPT = ("logits", "last_logits", "projector_out")  # without graphs with taps
 LIMITS = Limits(contexts=(128, 256), chunk=64, patches=256)
+# What a candidate with a processor has too, see test_inputs.py.
+INPUTS = {"places": 60, "wrong": 0, "tokens_wrong": 0, "patches_wrong": 0, "raised": None}
 
 
 class OracleCandidate:

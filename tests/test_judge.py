@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden import DATA
-from parity import OracleCandidate, link, whole
+from parity import INPUTS, OracleCandidate, link, whole
 
 from kimi_vl.verify.judge import (
     PROFILES,
@@ -40,12 +40,13 @@ def clean(oracle):
 
 
 @pytest.fixture(scope="module")
-def layered(clean):
-    """The same with the taps that only a run layer by layer has."""
+def every_tap(clean):
+    """The same with the taps that only a run layer by layer has, and those of a candidate with a processor."""
     made = copy.deepcopy(clean)
     for case in made["cases"]:
         layers = {tap: m for tap, m in case["taps"].items() if tap.startswith("layers.")}
         case["taps"] |= {tap.replace("layers", "forced"): dict(m) for tap, m in layers.items()}
+        case["taps"]["inputs"] = dict(INPUTS)
     return made
 
 
@@ -61,8 +62,8 @@ def test_the_reference_against_itself_passes(clean):
     assert [layer["used"] for layer in clean["suite"]["experts"]] == [8, 8]
 
 
-def test_every_gate_judges_something(layered):
-    findings = judge(layered, STRICT).findings
+def test_every_gate_judges_something(every_tap):
+    findings = judge(every_tap, STRICT).findings
     for gate in STRICT.gates:
         stem = gate.taps.removesuffix(".*")
         assert any(f.metric == gate.metric and f.tap.split(".")[0] == stem for f in findings), gate
@@ -72,9 +73,9 @@ def test_every_gate_judges_something(layered):
 
 
 @pytest.mark.parametrize("gate", STRICT.gates, ids=lambda g: f"{g.taps}-{g.metric}")
-def test_a_value_beyond_the_limit_fails_and_one_at_it_does_not(layered, gate):
+def test_a_value_beyond_the_limit_fails_and_one_at_it_does_not(every_tap, gate):
     tap = gate.taps.replace("*", "1")
-    changed = copy.deepcopy(layered)
+    changed = copy.deepcopy(every_tap)
     case = next(c for c in changed["cases"] if c["name"] == "image")
     metrics = case["taps"][tap]
     if isinstance(metrics[gate.metric], list):
@@ -389,9 +390,9 @@ def test_the_first_bad_is_first_in_the_network_not_in_the_list():
     def bad(case, tap):
         return Finding(case, tap, "rel_l2", 1.0, 0.0, False)
 
-    order = ["error", "vision_out", "projector_out", "inputs_embeds", "layers.0", "router.1", "layers.1"]
+    order = ["inputs", "vision_out", "projector_out", "inputs_embeds", "layers.0", "router.1", "layers.1"]
     order += ["router.2", "layers.10", "logits", "last_logits", "perplexity", "greedy", "tapped_logits"]
-    order += ["comparable"]
+    order += ["comparable", "error"]
     assert sorted(reversed(order), key=network_order) == order
     verdict = Verdict(
         "x", [bad("a", "logits"), bad("a", "layers.10"), bad("b", "layers.9"), bad("c", "layers.9")]

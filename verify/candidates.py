@@ -18,7 +18,7 @@ from ..export.bundle import Bundle
 from ..modeling.buckets import contexts, largest_image
 from ..modeling.configuration import ModelConfig
 from ..modeling.settings import in_token_limit
-from .cases import Limits
+from .cases import Limits, Source
 
 Inputs = Mapping[str, np.ndarray]
 Taps = dict[str, np.ndarray]
@@ -199,6 +199,14 @@ class ModelCandidate:
         """As :meth:`run`, by the graphs with taps alone where there are any."""
         logits, taps = self._calls(inputs, calls, taps=self.found.taps)
         return taps | logits
+
+    def own_source(self) -> Source | None:
+        """Its own processor as a source of inputs, where it has one."""
+        from .prompts import ProcessorSource, has_processor
+
+        if not has_processor(self.found.path):
+            return None
+        return ProcessorSource(self.found.path, self.found.config, own_pictures=True)
 
     def greedy(self, inputs: Inputs, n: int) -> np.ndarray:
         ids = self.model.generate(

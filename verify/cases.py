@@ -111,6 +111,7 @@ class Case:
     new_tokens: int = 0
     prompts: tuple[str, ...] = field(default=())  # as text, where there is one
     scored: bool = False  # its perplexity is measured
+    rows: tuple[Row, ...] = ()  # what its arrays were made of
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -132,9 +133,10 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
         return merged_rows * kh, merged_columns * kw
 
     tall, wide = grid(table_h // kh + 1, 2), grid(1, table_w // kw + 1)
-    batch = (Row((grid(1, 2),)), Row(tokens=39), Row((wide, grid(2, 1))))
     passages = tuple(Row(tokens=96, passage=name) for name in ("english", "chinese", "code"))
     chunk, context = limits.chunk, limits.context
+    # The first two rows end in one call, so that a last token looked up in the wrong row shows.
+    batch = (Row((grid(1, 2),)), Row(tokens=min(39, chunk)), Row((wide, grid(2, 1))))
     border = next((n for n in limits.contexts if n >= 32), context)
     around = sorted({n + by for n in (chunk, border) for by in (-1, 0, 1) if 32 <= n + by <= context - 2})
     long = chunk + chunk // 2 + 5
@@ -300,7 +302,9 @@ def build(plan: Plan, source: Source, seed: int = DEFAULT_SEED) -> Case:
         raise CaseError(
             f"case {plan.name}: continues with {sum(plan.tail)} tokens, but a prompt has only {shortest}"
         )
-    return Case(plan.name, plan.what, seed, inputs, plan.tail, plan.new_tokens, prompts, plan.scored)
+    return Case(
+        plan.name, plan.what, seed, inputs, plan.tail, plan.new_tokens, prompts, plan.scored, plan.rows
+    )
 
 
 def fitted(plan: Plan, source: Source, seed: int, config: ModelConfig, limits: Limits) -> Plan:

@@ -25,7 +25,7 @@ from .metrics import NOT_A_TIE
 
 # In network order; those of layer 0 stand for those of every layer.
 TAPS = (
-    *("vision_out", "projector_out", "inputs_embeds", "router.0", "forced.0", "layers.0"),
+    *("inputs", "vision_out", "projector_out", "inputs_embeds", "router.0", "forced.0", "layers.0"),
     *("logits", "last_logits", "perplexity", "greedy", "tapped_logits", "comparable", "weights"),
 )
 PROFILES = Path(__file__).parent / "profiles"
@@ -162,7 +162,8 @@ def network_order(tap: str) -> tuple[int, int, int]:
     stem, _, number = tap.partition(".")
     if f"{stem}.0" in TAPS:
         return TAPS.index("router.0"), int(number), TAPS.index(f"{stem}.0")
-    return (TAPS.index(stem) if stem in TAPS else -1), 0, 0  # an error comes before all
+    # An error has no place in the network: any other failure names more.
+    return (TAPS.index(stem) if stem in TAPS else len(TAPS)), 0, 0
 
 
 def describe_tap(tap: str) -> str:
@@ -175,6 +176,7 @@ def describe_tap(tap: str) -> str:
     if stem == "forced":
         return f"decoder layer {number} on the reference's input"
     names = {
+        "inputs": "the candidate's own processor",
         "vision_out": "vision tower",
         "projector_out": "projector",
         "inputs_embeds": "input embeddings",

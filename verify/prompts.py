@@ -10,6 +10,7 @@ import numpy as np
 
 from ..modeling.configuration import ModelConfig
 from .cases import CaseError, Grid, Row, left_padded
+from .inputs import PlainPictures
 
 # Asked where a prompt may have its natural length; by number of pictures.
 QUESTIONS = {
@@ -99,12 +100,15 @@ class ProcessorSource:
 
     kind = "prompts in the chat format and drawn pictures, through the directory's processor"
 
-    def __init__(self, directory: Path, config: ModelConfig):
+    def __init__(self, directory: Path, config: ModelConfig, own_pictures: bool = False):
+        """`own_pictures`: pixels are made by the directory's image processor, which is judged then, see `inputs`."""
         from ..modeling.processing import KimiVLProcessor
 
         self.processor: Any = KimiVLProcessor.from_pretrained(directory)
         # A bundle's processor leaves room for padding; plans hold the exact sizes of pictures against the graphs.
         self.processor.image_processor.in_token_limit = sys.maxsize
+        if not own_pictures:
+            self.processor.image_processor = PlainPictures(directory, config)
         self.config = config
 
     def inputs(

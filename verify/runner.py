@@ -14,6 +14,8 @@ from ..modeling.configuration import ModelConfig
 from .candidates import Candidate
 from .cases import SUITE_VERSION, Case, Plan, Source, build, cover_experts, fitted, inputs_hash
 from .comparison import Comparison, raised
+from .inputs import TAP as INPUTS
+from .inputs import compared_inputs, own_source
 from .metrics import greedy_metrics
 from .spool import Spool
 
@@ -53,6 +55,7 @@ def run_suite(
     """
     config = reference.config
     used = [set[int]() for _ in config.text.moe_layers]
+    processor = own_source(candidate, source)
     cases, skipped, seconds = [], [], {}
     for plan in plans:
         plan = fitted(plan, source, seed, config, candidate.limits)
@@ -62,7 +65,7 @@ def run_suite(
         done = spool[0].case(spool[1], plan.name) if spool else None
         progress(f"{plan.name}: {plan.what}" + (" (done before)" if done else ""))
         if done is None:
-            done = _run_case(reference, candidate, plan, source, seed, rounded, other)
+            done = _run_case(reference, candidate, plan, source, seed, rounded, other, processor)
             if spool:
                 spool[0].save_case(spool[1], plan.name, done)
         for layer, experts in zip(used, done["experts"]):
@@ -90,6 +93,7 @@ def _run_case(
     seed: int,
     rounded: Reference | None,
     other: Reference | None,
+    processor: Source | None,
 ) -> dict[str, Any]:
     """A case's record, the experts that the reference used in each MoE layer, and the time that each side took."""
     started = time.perf_counter()
@@ -97,6 +101,8 @@ def _run_case(
     greedy = reference.greedy(case.inputs, case.new_tokens) if case.new_tokens else None
     halfway = time.perf_counter()
     record = _compare(case, taps, greedy, candidate, reference.config)
+    if processor is not None and not plan.own:
+        record["taps"] = {INPUTS: compared_inputs(plan, case, processor)} | record["taps"]
     took = {
         "reference": round(halfway - started, 3),
         "candidate": round(time.perf_counter() - halfway, 3),
