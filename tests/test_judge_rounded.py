@@ -70,8 +70,8 @@ def test_the_references_own_rounding_passes_and_is_in_the_run(clean, tmp_path):
     for case in clean["cases"]:
         own, taps = case["calibration"], case["taps"]
         assert own["layers.2"]["nmse_settled"] == taps["layers.2"]["nmse_settled"] > 1e-7
-    ratios = [f.value for f in verdict.findings if f.metric == "nmse_settled"]
-    assert ratios and set(ratios) == {1.0}
+    ratios = [f.value for f in verdict.findings if f.tap.startswith("layers.") and f.value != "no places"]
+    assert ratios and ratios == pytest.approx([1.0] * len(ratios))
 
 
 def test_a_rule_without_a_witness_is_noted(clean):
@@ -98,6 +98,8 @@ def test_a_value_beyond_the_limit_fails_and_one_at_it_does_not(clean, gate):
     case["taps"]["inputs"] = dict(parity.INPUTS)
     if gate.suite:
         changed["cases"] = [case]
+    if gate.times_own and case["calibration"][tap][gate.metric] is None:  # what follows from another expert
+        case["calibration"][tap][gate.metric] = 1e-3
     own = case["calibration"][tap][gate.metric] if gate.times_own else 0.0
     limit = max(gate.at_most * own, gate.floor) if gate.times_own else gate.at_most
     case["taps"][tap][gate.metric] = limit

@@ -14,6 +14,7 @@ from .metrics import (
     settled_places,
     tensor_metrics,
     tied_places,
+    untouched_places,
 )
 
 
@@ -64,16 +65,38 @@ class Comparison:
         """A layer's output `[B, S, H]`."""
         metrics = tensor_metrics(reference, candidate, self.comparable, self.mask)
         settled = tensor_metrics(reference, candidate, self.comparable & self.settled)
-        self.taps[f"layers.{layer}"] = metrics | {"nmse_settled": settled["nmse"]}
+        untouched = tensor_metrics(reference, candidate, self.comparable & self._untouched())
+        more = {"nmse_settled": settled["nmse"], "nmse_untouched": untouched["nmse"]}
+        self.taps[f"layers.{layer}"] = metrics | more
 
     def logits(self, reference: np.ndarray, candidate: np.ndarray) -> None:
         """Logits `[B, S, V]`."""
-        self.taps["logits"] = logit_metrics(reference, candidate, self.comparable, self.mask)
+        self.taps["logits"] = self._of_logits(
+            reference, candidate, self.comparable, self.mask, self._untouched()
+        )
 
     def last_logits(self, reference: np.ndarray, candidate: np.ndarray, ends: list[int]) -> None:
         """Logits of the columns `ends` alone `[B, calls, V]`, held against all of the reference's `[B, S, V]`."""
-        places = self.comparable[:, ends], self.mask[:, ends]
-        self.taps["last_logits"] = logit_metrics(reference[:, ends], candidate, *places)
+        places = (places[:, ends] for places in (self.comparable, self.mask, self._untouched()))
+        self.taps["last_logits"] = self._of_logits(reference[:, ends], candidate, *places)
+
+    def _untouched(self) -> np.ndarray:
+        """What no other choice of experts can have changed so far, see :func:`verify.metrics.untouched_places`."""
+        return untouched_places(self.settled, self.mask)
+
+    @staticmethod
+    def _of_logits(
+        reference: np.ndarray,
+        candidate: np.ndarray,
+        comparable: np.ndarray,
+        mask: np.ndarray,
+        untouched: np.ndarray,
+    ) -> dict[str, Any]:
+        """The metrics of logits, and those that rounding is judged by over the `untouched` places alone."""
+        metrics = logit_metrics(reference, candidate, comparable, mask)
+        where = comparable & untouched
+        of_these = metrics if (where == comparable).all() else logit_metrics(reference, candidate, where)
+        return metrics | {f"{name}_untouched": of_these[name] for name in ("nmse", "kl", "top1_changed")}
 
     def perplexity(self, reference: np.ndarray, candidate: np.ndarray, ids: np.ndarray) -> None:
         """How well the logits `[B, S, V]` foretell `ids` `[B, S]`; to be told after the logits."""

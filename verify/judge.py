@@ -382,7 +382,7 @@ def _judge_suite(cases: list[dict[str, Any]], profile: Profile) -> Iterator[Find
         for tap in taps:
             found = [(case, case["taps"][tap]) for case in cases if tap in case["taps"]]
             pairs = [(_metric(m, tap, gate), _own(case, tap, gate)) for case, m in found]
-            pairs = [(value, own) for value, own in pairs if value is not None]
+            pairs = [pair for pair in pairs if None not in pair]
             value, own = (sum(column) for column in zip(*pairs)) if pairs else (0.0, 0.0)
             yield _against_own(SUITE, tap, gate, value, own)
 
@@ -393,15 +393,19 @@ def _metric(metrics: dict[str, Any], tap: str, gate: Gate) -> Any:
     return metrics[gate.metric]
 
 
-def _own(case: dict[str, Any], tap: str, gate: Gate) -> float:
-    """The same metric of what rounding costs the reference. Raises ProfileError: the run did not measure it."""
-    own = case.get("calibration", {}).get(tap, {}).get(gate.metric)
-    if own is None:
+def _own(case: dict[str, Any], tap: str, gate: Gate) -> float | None:
+    """The same metric of what rounding costs the reference, None where no place was left to measure it at.
+
+    Raises:
+        ProfileError: the run did not measure it.
+    """
+    measured = case.get("calibration", {}).get(tap, {})
+    if gate.metric not in measured:
         raise ProfileError(
             f"gate on {gate.taps}: {gate.metric} is judged by the reference's own rounding, which the run does not hold for "
             f"{tap} in case {case['name']}; run with --arithmetic rounded"
         )
-    return own
+    return measured[gate.metric]
 
 
 def _against_own(case: str, tap: str, gate: Gate, value: float, own: float) -> Finding:
@@ -419,7 +423,10 @@ def _judge_gate(
     if value is None:  # nothing left to compare; "comparable" judges that
         return Finding(name, tap, gate.metric, "no places", gate.at_most, True)
     if gate.times_own:
-        return _against_own(name, tap, gate, value, _own(case, tap, gate))
+        own = _own(case, tap, gate)
+        if own is None:
+            return Finding(name, tap, gate.metric, "no places", gate.at_most, True)
+        return _against_own(name, tap, gate, value, own)
     says = gate.why
     if isinstance(value, list):
         scale = metrics.get("scale", metrics.get("ref_max", 0.0))

@@ -272,6 +272,11 @@ def settled_places(reference: np.ndarray, candidate: np.ndarray, mask: np.ndarra
     return mask & ~np.concatenate([np.zeros_like(gone[:1]), gone])
 
 
+def untouched_places(settled: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Of :func:`settled_places` `[..., S]` those before the row's first token that is not: later ones attend to it."""
+    return settled & ~np.logical_or.accumulate(mask & ~settled, axis=-1)
+
+
 def greedy_metrics(reference: GreedyRun, candidate: np.ndarray) -> Metrics:
     """How long greedy generation stays the same.
 

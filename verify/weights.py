@@ -8,7 +8,7 @@ not be able to cancel itself out here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..convert.converted import ConvertedWeights
+from ..convert.manifest import TensorRecord
 from ..convert.source import Source, open_source
 from ..export.bundle import MANIFEST, Bundle, WeightRecord
 from ..modeling.configuration import ModelConfig
@@ -26,6 +28,7 @@ from .mindir.values import from_numpy
 from .torch_weights import tensor_files
 
 Progress = Callable[[int], None]
+MAPPED = 1 << 28  # bytes that are compared before files are closed
 LISTED = 20  # tensors that differ, by name
 
 
@@ -160,7 +163,7 @@ def compare(
     different: dict[str, dict[str, Any]] = {}
     wanted: dict[str, int] = {}
     rounded_to = None
-    total = 0
+    total = seen = 0
 
     def read(name: str) -> Tensor:
         path = files[name]
@@ -185,6 +188,10 @@ def compare(
             entry["at"] = entry["at"] or ([] if part.at is None else [part.at]) + at
         nbytes = ours.numel() * ours.dtype.itemsize
         total += nbytes
+        seen += nbytes
+        if seen > MAPPED:  # pages of a file that was read stay until it is closed
+            readers.clear()
+            seen = 0
         if progress:
             progress(nbytes)
     return {
@@ -213,19 +220,19 @@ def _differences(ours: Tensor, theirs: Tensor) -> tuple[int, list[int]]:
 
 def _stored(candidate: Path) -> dict[str, Callable[[], Tensor]]:
     """Every parameter of a candidate, mapped when it is asked for."""
+    records: Mapping[str, WeightRecord | TensorRecord]
     if (candidate / MANIFEST).is_file():
         records = Bundle.load(candidate).weights
-        return {name: partial(_mapped, candidate, record) for name, record in records.items()}
-    weights: Any = open_source(Source(candidate, candidate.name))
-    return {name: partial(_converted, weights, name) for name in weights.names()}
+    else:
+        weights = open_source(Source(candidate, candidate.name))
+        assert isinstance(weights, ConvertedWeights)
+        records = weights.manifest.tensors
+    return {name: partial(_mapped, candidate, record) for name, record in records.items()}
 
 
-def _converted(weights: Any, name: str) -> Tensor:
-    return from_numpy(weights.mapped(name))
-
-
-def _mapped(bundle: Path, record: WeightRecord) -> Tensor:
+def _mapped(directory: Path, record: WeightRecord | TensorRecord) -> Tensor:
     kind = np.dtype(getattr(ml_dtypes, record.dtype, record.dtype))
     if not math.prod(record.shape):
         return from_numpy(np.empty(record.shape, kind))
-    return from_numpy(np.memmap(bundle / record.file, kind, "r", record.offset, record.shape))
+    array = np.memmap(directory / record.file, kind, "r", record.offset, record.shape)
+    return from_numpy(array if array.flags.aligned else array.copy())  # in a .ckpt file nothing is aligned
