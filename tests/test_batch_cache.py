@@ -105,7 +105,7 @@ def alone(plain, ids: np.ndarray) -> np.ndarray:
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["network", "bundle", "flat"])
+@pytest.mark.parametrize("kind", [pytest.param("network", marks=pytest.mark.slow), "bundle", "flat"])
 def test_equals_torch(models, kind):
     check_case(models[kind], load_case(BF16, "batch"), taps=False)
 

@@ -100,7 +100,7 @@ def test_neither_parameters_nor_writes_into_them_are_counted():
     assert live(graph).nbytes < 5 * KB
 
 
-@pytest.mark.parametrize("target", ["cpu", "ascend"])
+@pytest.mark.parametrize("target", [pytest.param("cpu", marks=pytest.mark.slow), "ascend"])
 def test_the_first_layers_need_what_the_whole_network_needs(target, tmp_path):
     raw = json.loads((DATA / BF16 / "config.json").read_text())
     raw["text_config"]["num_hidden_layers"] = raw["vision_config"]["num_hidden_layers"] = 4
