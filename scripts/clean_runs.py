@@ -29,10 +29,10 @@ from mutation_kit.table import write_section
 
 from kimi_vl.convert.source import fetch, resolve
 from kimi_vl.verify.candidates import Found, inspect, open_candidate
-from kimi_vl.verify.cases import DEFAULT_SEED, SeededSource, Source, select, suite
+from kimi_vl.verify.cases import DEFAULT_SEED, select, suite
 from kimi_vl.verify.judge import Finding, judge, suited
 from kimi_vl.verify.oracle import build_oracle
-from kimi_vl.verify.prompts import ProcessorSource, has_processor
+from kimi_vl.verify.prompts import source_for
 from kimi_vl.verify.runner import run_suite
 
 # What runs a candidate, and how it is judged: the directory, who executes it, the arithmetic.
@@ -125,9 +125,7 @@ def _verify(
     dtypes = {f.rounded for f in found.values() if f.rounded}
     low = {dtype: build_oracle(published, getattr(torch, dtype)) for dtype in dtypes}
     opened = {name: open_candidate(f) for name, f in found.items()}
-    source: Source = (
-        ProcessorSource(published, exact.config) if has_processor(published) else SeededSource(exact.config)
-    )
+    source = source_for(published, exact.config)
     for seed in seeds:
         reference = Remembered(exact.config, oracle=exact)
         own = {dtype: Remembered(oracle.config, oracle=oracle) for dtype, oracle in low.items()}

@@ -52,8 +52,8 @@ def bisect(reference: str, candidate: str, cases: tuple[str, ...], seed: int | N
     with errors():
         from ..convert.source import fetch, resolve
         from .candidates import inspect, require_same_model
-        from .cases import DEFAULT_SEED, SeededSource, build, select, suite
-        from .prompts import ProcessorSource, has_processor
+        from .cases import DEFAULT_SEED, build, select, suite
+        from .prompts import source_for
 
         with about("--reference"):
             source = resolve(reference)
@@ -93,8 +93,7 @@ def bisect(reference: str, candidate: str, cases: tuple[str, ...], seed: int | N
             fetch(source)
         say("loading the Torch reference")
         oracle = build_oracle(source.directory)
-        real = has_processor(source.directory)
-        inputs = ProcessorSource(source.directory, config) if real else SeededSource(config)
+        inputs = source_for(source.directory, config)
         outcomes: list[Outcome] = []
         made = [build(plan, inputs, seed) for plan in plans]
         with _bundle(found, made) as directory:

@@ -12,9 +12,9 @@ from typing import Any
 from ..modeling.configuration import ModelConfig
 from . import candidates
 from .candidates import CandidateError, Found, inspect
-from .cases import SUITE_VERSION, Plan, SeededSource, Source, select, suite
+from .cases import SUITE_VERSION, Plan, Source, select, suite
 from .own_inputs import OwnInputs, OwnSource
-from .prompts import ProcessorSource, has_processor
+from .prompts import source_for
 from .remote import RemoteOracle
 from .runner import run_suite
 from .runs import assembled, environment, file_hashes
@@ -178,7 +178,7 @@ def run_chain(
 
 def source_of(reference: Path, config: ModelConfig, own: OwnInputs | None) -> Source:
     """Where cases of this reference come from."""
-    source: Source = ProcessorSource(reference, config) if has_processor(reference) else SeededSource(config)
+    source = source_for(reference, config)
     return OwnSource(source, own, reference) if own else source
 
 

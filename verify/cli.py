@@ -225,8 +225,8 @@ def record(reference: str, candidate: str, out: str, cases: tuple[str, ...], see
 def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed: int | None) -> None:
     from ..convert.source import fetch, resolve
     from .candidates import inspect, require_same_model
-    from .cases import DEFAULT_SEED, SeededSource, select, suite
-    from .prompts import ProcessorSource, has_processor
+    from .cases import DEFAULT_SEED, select, suite
+    from .prompts import source_for
 
     require_packages("torch", "transformers")
     from .golden import CASES, GoldenError
@@ -247,8 +247,7 @@ def _record(source: str, candidate: str, out: Path, names: tuple[str, ...], seed
         raise ValueError("--cases: the bundle can run none of them; export a larger context")
     say("loading the Torch reference")
     oracle = build_oracle(reference.directory)
-    real = has_processor(reference.directory)
-    inputs = ProcessorSource(reference.directory, config) if real else SeededSource(config)
+    inputs = source_for(reference.directory, config)
     seed = DEFAULT_SEED if seed is None else seed
     try:
         pack = record_pack(oracle, reference.directory, found.path, plans, inputs, seed, out, say)

@@ -31,9 +31,9 @@ def envelope(candidate: str, seeds: int, cases: tuple[str, ...], out: str | None
 
     with errors():
         from .candidates import inspect
-        from .cases import DEFAULT_SEED, SeededSource, select, suite
+        from .cases import DEFAULT_SEED, select, suite
         from .envelope import NAME, measure, save, table
-        from .prompts import ProcessorSource, has_processor
+        from .prompts import source_for
 
         directory = Path(candidate)
         found = inspect(directory, "interpreter", "rounded")
@@ -42,8 +42,7 @@ def envelope(candidate: str, seeds: int, cases: tuple[str, ...], out: str | None
         require_packages("torch")
         click.echo(f"candidate: {candidate} ({found.rounded})\n    seeds: {seeds}")
         click.echo(f"    cases: {', '.join(plan.name for plan in plans)}\n      out: {target}")
-        real = has_processor(directory)
-        source = ProcessorSource(directory, found.config) if real else SeededSource(found.config)
+        source = source_for(directory, found.config)
         done = iter(range(1, len(plans) + 1))
         made = measure(
             directory, plans, source, seeds, DEFAULT_SEED, lambda t: say(f"[{next(done)}/{len(plans)}] {t}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..modeling.configuration import ModelConfig
-from .cases import CaseError, Grid, Row, left_padded
+from .cases import CaseError, Grid, Row, SeededSource, Source, left_padded
 from .inputs import PlainPictures
 
 # Asked where a prompt may have its natural length; by number of pictures.
@@ -194,6 +194,11 @@ class ProcessorSource:
     ) -> tuple[str, dict[str, np.ndarray]]:
         text, made = conversation_inputs(self.processor, messages, pictures)
         return text, made | {"input_ids": made["input_ids"][0]}
+
+
+def source_for(directory: Path, config: ModelConfig) -> Source:
+    """Where a checkpoint's cases come from: its processor, or seeded ids and patches where it has none."""
+    return ProcessorSource(directory, config) if has_processor(directory) else SeededSource(config)
 
 
 def conversation_inputs(

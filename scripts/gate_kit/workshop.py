@@ -21,13 +21,12 @@ from kimi_vl.export import export, mindir, plan_export, trace
 from kimi_vl.export.bundle import MANIFEST
 from kimi_vl.export.errors import ExportError
 from kimi_vl.export.plan import open_converted
-from kimi_vl.modeling.configuration import ModelConfig
 from kimi_vl.verify.bisect import first_bad
 from kimi_vl.verify.candidates import CandidateError, inspect, open_candidate, require_same_model
-from kimi_vl.verify.cases import DEFAULT_SEED, SeededSource, Source, build, select, suite
+from kimi_vl.verify.cases import DEFAULT_SEED, build, select, suite
 from kimi_vl.verify.judge import Verdict, judge, load_profile
 from kimi_vl.verify.oracle import Oracle, build_oracle
-from kimi_vl.verify.prompts import ProcessorSource, has_processor
+from kimi_vl.verify.prompts import source_for
 from kimi_vl.verify.runner import run_suite
 from kimi_vl.verify.weights import compare
 
@@ -159,7 +158,7 @@ class Workshop:
         config = require_same_model(source, found)
         plans = select(suite(config, found.limits), cases)
         reference = self._reference(model, source)
-        inputs = _inputs(source, config)
+        inputs = source_for(source, config)
         link = run_suite(reference, open_candidate(found), plans, inputs, DEFAULT_SEED)
         link["weights"] = compare(source, directory, config)
         return judge(link, load_profile("strict"))
@@ -171,7 +170,7 @@ class Workshop:
         source = model.source(self.room)
         reference, limits = self._reference(model, source), inspect(directory, fault.through).limits
         (plan,) = select(suite(reference.config, limits), (bad.case,))
-        case = build(plan, _inputs(source, reference.config), DEFAULT_SEED)
+        case = build(plan, source_for(source, reference.config), DEFAULT_SEED)
         try:
             found = first_bad(reference.oracle, directory, case)
         except ValueError as e:  # a graph of another form than it knows
@@ -203,10 +202,6 @@ class Reference:
         if key not in self._answers:
             self._answers[key] = ask()
         return self._answers[key]
-
-
-def _inputs(source: Path, config: ModelConfig) -> Source:
-    return ProcessorSource(source, config) if has_processor(source) else SeededSource(config)
 
 
 def _export(converted: Path, path: Path, model: Model, target: str, batch: int) -> None:

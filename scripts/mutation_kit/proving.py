@@ -18,10 +18,10 @@ from kimi_vl.export.errors import ExportError
 from kimi_vl.export.plan import TARGETS
 from kimi_vl.export.proto import pb
 from kimi_vl.verify.candidates import inspect, open_candidate
-from kimi_vl.verify.cases import DEFAULT_SEED, Plan, SeededSource, Source, select, suite
+from kimi_vl.verify.cases import DEFAULT_SEED, Plan, Source, select, suite
 from kimi_vl.verify.judge import Finding, judge, load_profile
 from kimi_vl.verify.oracle import build_oracle
-from kimi_vl.verify.prompts import ProcessorSource, has_processor
+from kimi_vl.verify.prompts import source_for
 from kimi_vl.verify.runner import run_suite
 
 from .remembered import Remembered
@@ -77,8 +77,7 @@ class Gate:
         """
         oracle = build_oracle(reference)
         remembered = Remembered(oracle.config, oracle=oracle)
-        real = has_processor(reference)
-        source: Source = ProcessorSource(reference, oracle.config) if real else SeededSource(oracle.config)
+        source = source_for(reference, oracle.config)
         found = inspect(directory, "interpreter")
         bundle = Bundle.load(directory)
         timed = []
