@@ -18,7 +18,7 @@ from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.report import render_html
 from kimi_vl.verify.runner import run_suite
 from kimi_vl.verify.runs import save_run
-from kimi_vl.verify.summary import finding_text
+from kimi_vl.verify.summary import finding_text, summary
 
 BF16 = load_profile("bf16")
 NAMES = ("text", "image")
@@ -119,6 +119,12 @@ def test_a_run_that_was_not_calibrated_cannot_be_judged_so(clean):
 def test_its_report_says_which_limits_are_relative(clean):
     page = render_html(parity.whole(clean), judge_run(parity.whole(clean)))
     assert "4.0e+00 x own" in page and "2.0e+00 x own, suite" in page
+
+
+def test_the_worst_figures_of_a_report_are_of_what_computes_in_fp32(clean):
+    alone, both = parity.good(), parity.whole(parity.good()["links"][0], clean)
+    assert summary(parity.whole(clean), judge_run(parity.whole(clean)))["worst"]["logits"]["value"] > 1e-4
+    assert summary(both, judge_run(both))["worst"] == summary(alone, judge_run(alone))["worst"]
 
 
 def test_a_token_is_settled_until_it_takes_another_expert():

@@ -116,7 +116,7 @@ def stages(run: dict[str, Any]) -> list[dict[str, Any]]:
     Each with `stage`, `ran`, `where` and, for what was judged, `link`: its place in the run's `links`.
     """
     found = [(stage_name(link["candidate"]), n) for n, link in enumerate(run["links"])]
-    known = dict(found)
+    known = {name for name, _ in found}
     rows = (LAYER_BY_LAYER, *CHAIN[1:]) if LAYER_BY_LAYER in known else CHAIN
     order = {name: place for place, name in enumerate(rows)}
     names = sorted({*rows, *known}, key=lambda name: (order.get(name.removesuffix(", rounded"), 9), name))

@@ -39,23 +39,8 @@ def summary(run: dict[str, Any], judgement: Judgement) -> dict[str, Any]:
             "checks": judgement.checks,
         },
         "links": links,
-        "stages": [_stage_row(stage, links, run["links"], judgement) for stage in stages(run)],
-        "worst": {
-            "layers": max(
-                (link["worst"]["layers"] for link in links if link["worst"]["layers"]),
-                key=_value,
-                default=None,
-            ),
-            "logits": max(
-                (link["worst"]["logits"] for link in links if link["worst"]["logits"]),
-                key=_value,
-                default=None,
-            ),
-            "kl": max(
-                (link["worst"]["kl"] for link in links if link["worst"]["kl"] is not None), default=None
-            ),
-            **{name: _added(link["worst"][name] for link in links) for name in ("top1", "routing", "greedy")},
-        },
+        "stages": [_stage_row(stage, links, judgement) for stage in stages(run)],
+        "worst": _worst_of_links(links),
         "perplexity": perplexity_rows(run),
     }
 
@@ -119,9 +104,7 @@ def _weights(link: dict[str, Any], verdict: Verdict) -> dict[str, Any] | None:
 STAGE_HEAD = ("stage", "where it ran", "layers", "logits", "top-1", "experts", "greedy", "weights", "")
 
 
-def _stage_row(
-    stage: dict[str, Any], links: list[dict[str, Any]], raw: list[dict[str, Any]], judgement: Judgement
-) -> dict[str, Any]:
+def _stage_row(stage: dict[str, Any], links: list[dict[str, Any]], judgement: Judgement) -> dict[str, Any]:
     """A stage of the chain with what was found there: `ok` is None where nothing was judged."""
     row = dict(stage, ok=None, layers=None, logits=None, top1=None, routing=None, greedy=None, weights=None)
     if "link" in stage:

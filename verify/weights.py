@@ -161,7 +161,7 @@ def compare(
     files = tensor_files(reference)
     readers: dict[Path, Any] = {}
     different: dict[str, dict[str, Any]] = {}
-    wanted: dict[str, int] = {}
+    wanted: set[str] = set()
     rounded_to = None
     total = seen = 0
 
@@ -172,7 +172,7 @@ def compare(
         return readers[path].get_tensor(name)
 
     for part in parts(config):
-        wanted[part.ours] = wanted.get(part.ours, 0) + 1
+        wanted.add(part.ours)
         if part.ours not in held:
             continue
         ours = held[part.ours]() if part.at is None else held[part.ours]()[part.at]
@@ -195,13 +195,13 @@ def compare(
         if progress:
             progress(nbytes)
     return {
-        "parameters": len(wanted.keys() & held.keys()),
+        "parameters": len(wanted & held.keys()),
         "bytes": total,
         "rounded_to": rounded_to,
         "different_parameters": len(different),
         "different": list(different.values())[:LISTED],
-        "missing": sorted(wanted.keys() - held.keys()),
-        "unknown": sorted(held.keys() - wanted.keys()),
+        "missing": sorted(wanted - held.keys()),
+        "unknown": sorted(held.keys() - wanted),
     }
 
 
