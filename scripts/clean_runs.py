@@ -127,8 +127,8 @@ def _verify(
     opened = {name: open_candidate(f) for name, f in found.items()}
     source = source_for(published, exact.config)
     for seed in seeds:
-        reference = Remembered(exact.config, oracle=exact)
-        own = {dtype: Remembered(oracle.config, oracle=oracle) for dtype, oracle in low.items()}
+        reference = Remembered.of(exact)
+        own = {dtype: Remembered.of(oracle) for dtype, oracle in low.items()}
         for name, candidate in opened.items():
             plans = select(suite(exact.config, found[name].limits), cases)
             rounded: Any = own.get(found[name].rounded)

@@ -11,7 +11,7 @@ kernels that a device or MindSpore has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,6 @@ def examine(
     oracle: Oracle,
     candidate: InterpretedModel | str | Path,
     case: Case,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """As :func:`first_bad`, with what else was seen."""
     model = candidate
@@ -139,7 +138,6 @@ def examine(
     left = stages(config, "pixel_values" in case.inputs)
     while left:
         now, left = _together(left, config, case)
-        progress(f"{now[0].what} to {now[-1].what}" if len(now) > 1 else now[0].what)
         watching = Watching(model, case, now)
         calls = watching.run()
         for stage in now:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from mutation_kit.remembered import Remembered
 
 from kimi_vl.convert import convert
 from kimi_vl.convert.errors import ConversionError
@@ -25,7 +26,7 @@ from kimi_vl.verify.bisect import first_bad
 from kimi_vl.verify.candidates import CandidateError, inspect, open_candidate, require_same_model
 from kimi_vl.verify.cases import DEFAULT_SEED, build, select, suite
 from kimi_vl.verify.judge import Verdict, judge, load_profile
-from kimi_vl.verify.oracle import Oracle, build_oracle
+from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.prompts import source_for
 from kimi_vl.verify.runner import run_suite
 from kimi_vl.verify.weights import compare
@@ -71,7 +72,7 @@ class Workshop:
     def __init__(self, room: Path) -> None:
         self.room = room
         self._made: dict[tuple[Any, ...], Path] = {}
-        self._references: dict[str, Reference] = {}
+        self._references: dict[str, Remembered] = {}
 
     def clean(
         self,
@@ -177,31 +178,10 @@ class Workshop:
             return f"not located ({e})"
         return f"{found.layer}: {found.point}" if found else ""
 
-    def _reference(self, model: Model, source: Path) -> Reference:
+    def _reference(self, model: Model, source: Path) -> Remembered:
         if model.name not in self._references:
-            self._references[model.name] = Reference(build_oracle(source))
+            self._references[model.name] = Remembered.of(build_oracle(source))
         return self._references[model.name]
-
-
-class Reference:
-    """The oracle, asked the same only once."""
-
-    def __init__(self, oracle: Oracle) -> None:
-        self.config = oracle.config
-        self.oracle = oracle
-        self._answers: dict[tuple[Any, ...], Any] = {}
-
-    def run(self, inputs: Any) -> dict[str, np.ndarray]:
-        return dict(self._answer(inputs, ("run",), lambda: self.oracle.run(inputs)))
-
-    def greedy(self, inputs: Any, n: int) -> Any:
-        return self._answer(inputs, ("greedy", n), lambda: self.oracle.greedy(inputs, n))
-
-    def _answer(self, inputs: Any, what: tuple[Any, ...], ask: Callable[[], Any]) -> Any:
-        key = (*what, *((name, content_hash(a.tobytes())) for name, a in sorted(inputs.items())))
-        if key not in self._answers:
-            self._answers[key] = ask()
-        return self._answers[key]
 
 
 def _export(converted: Path, path: Path, model: Model, target: str, batch: int) -> None:

@@ -76,7 +76,7 @@ class Gate:
             GateError: the bundle does not pass, or a graph of it is run by no case.
         """
         oracle = build_oracle(reference)
-        remembered = Remembered(oracle.config, oracle=oracle)
+        remembered = Remembered.of(oracle)
         source = source_for(reference, oracle.config)
         found = inspect(directory, "interpreter")
         bundle = Bundle.load(directory)
