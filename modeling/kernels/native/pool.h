@@ -1,0 +1,17 @@
+// Threads for the operators: one pool per process, its caller works along.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace kimi {
+
+// Calls work(unit, thread) for every unit in [0, units), each once, spread over the pool; returns when all are done. Which
+// thread takes which unit is open, so a result must not depend on it. `thread` < threads(). Calls from several threads wait
+// for each other; work must not call it again.
+void parallel(int64_t units, const std::function<void(int64_t unit, int thread)> &work);
+
+// Threads that share the work, the caller included. At first OMP_NUM_THREADS, else the cores this process may use.
+int threads();
+void set_threads(int count);
+
+}  // namespace kimi

@@ -1,0 +1,133 @@
+#include "products.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "memory.h"
+#include "onednn.h"
+#include "pool.h"
+
+namespace kimi {
+namespace {
+
+std::atomic<bool> exact{false};
+
+// Rows of weights that one thread takes at a time: enough that taking is cheap, few enough that the last one is not
+// waited for.
+int64_t rows_of_unit(int64_t n, int64_t k, size_t itemsize) {
+  const int64_t fair = std::max<int64_t>(1, n / (8 * threads()));
+  const int64_t bytes = std::max<int64_t>(4, (128 << 10) / int64_t(k * itemsize));
+  return rounded_up(std::min(fair, bytes), 4);
+}
+
+bool fits_onednn(bf16) { return rounds(); }
+bool fits_onednn(float) { return onednn::available(); }
+
+// oneDNN on slices of the columns of y, one thread each.
+template <class W>
+bool linear_onednn(int64_t t, int64_t n, int64_t k, const W *x, const W *w, float *y) {
+  const int64_t slice = rounded_up((n + threads() - 1) / threads(), 64);
+  std::atomic<bool> done{true};
+  parallel((n + slice - 1) / slice, [&](int64_t unit, int) {
+    const int64_t first = unit * slice, count = std::min(slice, n - first);
+    if (!onednn::matmul(t, count, k, x, k, w + first * k, k, true, y + first, n, false)) done = false;
+  });
+  return done;
+}
+
+bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const bf16 *w, float *y) {
+  auto rounded = scratch<bf16>(t * k);
+  round_rows(t, k, x, rounded.get());
+  return linear_onednn(t, n, k, rounded.get(), w, y);
+}
+bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const float *w, float *y) {
+  return linear_onednn(t, n, k, x, w, y);
+}
+
+}  // namespace
+
+bool rounds() { return onednn::has_bf16() && isa().packed && !exact; }
+void set_exact(bool value) { exact = value; }
+
+void round_rows(int64_t t, int64_t k, const float *x, bf16 *y) {
+  const int64_t rows = std::max<int64_t>(1, (32 << 10) / k);
+  parallel((t + rows - 1) / rows, [&](int64_t unit, int) {
+    const int64_t first = unit * rows, count = std::min(rows, t - first);
+    isa().round(count * k, x + first * k, y + first * k);
+  });
+}
+
+template <class W>
+void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W *bias, float *y) {
+  if (t <= kFewRows || !fits_onednn(W{}) || !linear_many(t, n, k, x, w, y)) {
+    const int64_t rows = rows_of_unit(n, k, sizeof(W));
+    parallel((n + rows - 1) / rows, [&](int64_t unit, int) {
+      const int64_t first = unit * rows, count = std::min(rows, n - first);
+      dot(t, count, k, x, k, w + first * k, k, y + first, n);
+    });
+  }
+  if (bias) {
+    auto wide = scratch<float>(n);
+    for (int64_t i = 0; i < n; ++i) wide[i] = to_float(bias[i]);
+    const int64_t rows = std::max<int64_t>(1, (64 << 10) / n);
+    parallel((t + rows - 1) / rows, [&](int64_t unit, int) {
+      for (int64_t r = unit * rows; r < std::min(t, (unit + 1) * rows); ++r)
+        isa().add(n, y + r * n, wide.get(), y + r * n);
+    });
+  }
+}
+template void linear(int64_t, int64_t, int64_t, const float *, const bf16 *, const bf16 *, float *);
+template void linear(int64_t, int64_t, int64_t, const float *, const float *, const float *, float *);
+
+template <>
+void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, bool transposed,
+             float *c, int64_t ldc, bool accumulate) {
+  if (m > 1 && onednn::matmul(m, n, k, a, lda, b, ldb, transposed, c, ldc, accumulate)) return;
+  if (transposed) return dot(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  if (!accumulate)
+    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, 0.f);
+  add_rows(m, n, k, a, lda, b, ldb, c, ldc);
+}
+
+template <>
+void product(int64_t m, int64_t n, int64_t k, const bf16 *a, int64_t lda, const bf16 *b, int64_t ldb, bool transposed,
+             float *c, int64_t ldc, bool accumulate) {
+  if (onednn::matmul(m, n, k, a, lda, b, ldb, transposed, c, ldc, accumulate)) return;
+  auto wide = scratch<float>(m * k);
+  for (int64_t i = 0; i < m; ++i) isa().widen(k, a + i * lda, wide.get() + i * k);
+  if (transposed) return dot(m, n, k, wide.get(), k, b, ldb, c, ldc, accumulate);
+  if (!accumulate)
+    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, 0.f);
+  add_rows(m, n, k, wide.get(), k, b, ldb, c, ldc);
+}
+
+template <class W>
+void add_rows(int64_t m, int64_t n, int64_t k, const float *x, int64_t ldx, const W *w, int64_t ldw, float *y,
+              int64_t ldy) {
+  // All rows of x take some rows of w while these are in the second cache.
+  const int64_t step = m <= 4 ? k : std::max<int64_t>(8, (256 << 10) / int64_t(n * sizeof(W)) / 8 * 8);
+  for (int64_t i = 0; i < k; i += step) axpy(m, n, std::min(step, k - i), x + i, ldx, w + i * ldw, ldw, y, ldy);
+}
+template void add_rows(int64_t, int64_t, int64_t, const float *, int64_t, const bf16 *, int64_t, float *, int64_t);
+template void add_rows(int64_t, int64_t, int64_t, const float *, int64_t, const float *, int64_t, float *, int64_t);
+
+bool packs(int64_t n, int64_t k) { return rounds() && n % kPackedStep == 0 && k % kPackedStep == 0; }
+
+void packed_product(int64_t m, int64_t n, int64_t k, const bf16 *x, int64_t ldx, const bf16 *w, int64_t ldw, float *y,
+                    int64_t ldy) {
+  // What is packed stays in the second cache. Few rows: whole rows of w at a time, which is how memory reads fastest, and y
+  // is small. Many: some columns of w over its whole height, so that y is written once.
+  constexpr int64_t kPacked = 360 << 10;  // numbers
+  const bool by_rows = m < 96;
+  const int64_t columns = by_rows ? n : std::clamp(kPacked / k / kPackedStep * kPackedStep, kPackedStep, n);
+  const int64_t rows = by_rows ? std::clamp(kPacked / n / kPackedStep * kPackedStep, kPackedStep, k) : k;
+  auto packed = scratch<bf16>(rows * columns);
+  for (int64_t j = 0; j < n; j += columns)
+    for (int64_t i = 0; i < k; i += rows) {
+      const int64_t wide = std::min(columns, n - j), high = std::min(rows, k - i);
+      isa().pack(wide, high, w + i * ldw + j, ldw, packed.get());
+      isa().packed(m, wide, high, x + i, ldx, packed.get(), y + j, ldy, i > 0);
+    }
+}
+
+}  // namespace kimi
