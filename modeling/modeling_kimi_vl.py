@@ -19,7 +19,7 @@ from .configuration import ConfigError, ModelConfig
 from .engine import Arrays, Engine
 from .generation import KimiVLGeneration
 from .graphs import LastLogitsGraph, TextGraph, VisionGraph
-from .kernels import get_kernels
+from .kernels import get_kernels, library
 from .language import LanguageModel
 from .parameters import init_parameters, no_init_parameters
 from .settings import generation_settings, in_token_limit
@@ -94,7 +94,7 @@ class NativeGraphs:
         cell = self._cell(
             key,
             lambda: graph(
-                m.language_model, m.kernels, m.model_config, batch, tokens, context, m.held_dtype, taps
+                m.language_model, m.kernels, m.model_config, batch, tokens, context, m.activation_dtype, taps
             ),
         )
         if key not in self._caches:
@@ -103,8 +103,8 @@ class NativeGraphs:
             return self._run(cell, text_inputs(m.model_config, batch, tokens, all_logits), inputs)
 
     def _run(self, cell: nn.Cell, ports: Ports, inputs: Arrays) -> list[np.ndarray]:
-        held = running.name(self._model.held_dtype)
-        dtypes = {name: held if dtype == "float" else dtype for name, (_, dtype) in ports.items()}
+        activation = running.name(self._model.activation_dtype)
+        dtypes = {name: activation if dtype == "float" else dtype for name, (_, dtype) in ports.items()}
         return running.run_cell(cell, dtypes, inputs)
 
 
@@ -148,7 +148,8 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
             raise ConfigError(f"prefill_chunk: {prefill_chunk}, expected a positive number")
         self.dtype = mindspore_dtype(model_config.dtype if dtype is None else dtype)
         self.kernels = get_kernels(_backend(kernels, self.dtype))
-        held = self.held_dtype = self.kernels.parameter_dtype(self.dtype)
+        held = self.kernels.parameter_dtype(self.dtype)
+        self.activation_dtype = self.kernels.activation_dtype(self.dtype)
         self.vision_tower = MoonViT(self.kernels, held, model_config.vision)
         self.multi_modal_projector = Projector(self.kernels, held, model_config)
         self.language_model = LanguageModel(self.kernels, held, model_config.text)
@@ -286,7 +287,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
 def _backend(asked: str | None, dtype: ms.Type) -> str:
     """The kernels to take. Raises ConfigError: the device cannot run a model in `dtype` on them."""
     if running.device() != running.ASCEND:
-        return asked or "plain"
+        return asked or ("cpu" if library.available() else "plain")
     if asked not in (None, "ascend"):
         raise ConfigError(
             f"kernels: {asked}, whose cache lives in host buffers, but MindSpore runs on Ascend; leave kernels out"

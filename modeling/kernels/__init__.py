@@ -18,9 +18,15 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``CacheWrite()`` | a layer's cache parameters, rows [R, latent], slots -> the caches with the rows in them, written in place |
 | ``Window(batch, tokens, context)`` | start [B] int32 -> what LatentAttention needs to know about the slots that are seen |
 | ``LatentAttention(config)`` | queries [R, heads, nope] and [R, heads, rope], what CacheWrite gave, window, k_b, v_b -> [R, heads * v] |
-| ``VisionAttention(config)`` | q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden] |
+| ``LayerNorm(eps)`` | x [N, D], weight, bias [D] -> [N, D] |
+| ``GeluTanh()``, ``GeluErf()`` | [N, D] -> [N, D] |
+| ``Interpolate(taps)`` | table [entries, D], taps [N, taps] int32, weights [N, taps] -> [N, D] |
+| ``ImageTables(heads)`` | cos, sin [N, dim / 2] -> tables, made once for all blocks |
+| ``RotateHeads()`` | x [N, heads, dim], tables -> x, rotated in half-split pairs |
+| ``VisionAttention(config, dtype)`` | q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden] |
 | ``cache_shapes(batch, context, width)`` | the shapes of one layer's cache parameters |
 | ``parameter_dtype(dtype)`` | the dtype that parameters of a model in ``dtype`` have on this backend |
+| ``activation_dtype(dtype)`` | the dtype of what a model in ``dtype`` computes: inputs, outputs, caches |
 
 R = batch * tokens rows. Everything else of the network is written once, in ``vision`` and ``language``.
 
@@ -34,7 +40,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType, SimpleNamespace
 
-BACKENDS = ("plain", "ascend", "lite")
+BACKENDS = ("plain", "cpu", "ascend", "lite")
 Kernels = ModuleType | SimpleNamespace
 
 

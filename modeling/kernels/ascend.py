@@ -21,7 +21,7 @@ from mindspore.ops import operations as P
 
 from .. import shapes
 from ..configuration import TextConfig, VisionConfig
-from . import cache_writes, plain
+from . import cache_writes, common, plain
 
 HEAD_DIM_STEP = 16  # of FusedInferAttentionScore
 # inner_precise of FusedInferAttentionScore: accumulate in fp32, and for text also treat rows that are masked whole.
@@ -31,6 +31,12 @@ COUNTS = 2  # MoeInitRoutingV2 gives how many rows each expert has, not their ru
 GROUPS = {"split_item": 3, "group_type": 0, "group_list_type": 1}
 
 Embedding = plain.Embedding
+LayerNorm = common.LayerNorm
+GeluTanh = common.GeluTanh
+GeluErf = common.GeluErf
+Interpolate = common.Interpolate
+ImageTables = common.ImageTables
+RotateHeads = common.RotateHeads
 Slots = cache_writes.Starts
 CacheWrite = cache_writes.KVCacheScatterWrite
 cache_shapes = shapes.cache_of_batch
@@ -39,6 +45,9 @@ cache_shapes = shapes.cache_of_batch
 def parameter_dtype(dtype: ms.Type) -> ms.Type:
     """As the model's: nothing is widened."""
     return dtype
+
+
+activation_dtype = parameter_dtype
 
 
 class Linear(nn.Cell):
@@ -339,7 +348,7 @@ class VisionAttention(nn.Cell):
 
     fused_attention = FusedAttention
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, dtype: ms.Type) -> None:
         super().__init__()
         d = config.head_dim
         self.swap = HeadsFirst()

@@ -14,12 +14,18 @@ from mindspore.ops import auto_generate as generated
 from mindspore.ops import operations as P
 
 from ..configuration import TextConfig
-from . import ascend, cache_writes, plain
+from . import ascend, cache_writes, common, plain
 
 EXACT = 1 << 24  # integers up to it are exact in fp32
 ONE_OUTPUT, ALONG_ROWS = 3, 0  # split_item and group_type of GroupedMatmul
 
 Embedding = plain.Embedding
+LayerNorm = common.LayerNorm
+GeluTanh = common.GeluTanh
+GeluErf = common.GeluErf
+Interpolate = common.Interpolate
+ImageTables = common.ImageTables
+RotateHeads = common.RotateHeads
 Linear = ascend.Linear
 RMSNorm = ascend.RMSNorm
 AddRMSNorm = ascend.AddRMSNorm
@@ -32,6 +38,7 @@ CacheWrite = ascend.CacheWrite
 Window = ascend.Window
 cache_shapes = ascend.cache_shapes
 parameter_dtype = ascend.parameter_dtype
+activation_dtype = ascend.activation_dtype
 
 
 class SwiGLU(nn.Cell):

@@ -17,7 +17,8 @@ from mindspore.ops import operations as P
 
 from .. import shapes
 from ..configuration import TextConfig, VisionConfig
-from ..rotary import RotateHalf, rotary_tables
+from . import common
+from .common import RotateHalf, rotary_tables
 
 # Numbers of a block of attention scores, heads x queries x keys: 64 MB in fp32. It bounds the memory of prefill and
 # vision attention, whose whole score matrix would be gigabytes. Blocks of fewer rows than the second number would make
@@ -30,9 +31,20 @@ MASKED = -1e30
 SMALLEST_SUM = 1e-20  # added to the sum of a token's chosen scores before they are divided by it
 
 
+LayerNorm = common.LayerNorm
+GeluTanh = common.GeluTanh
+GeluErf = common.GeluErf
+Interpolate = common.Interpolate
+ImageTables = common.ImageTables
+RotateHeads = common.RotateHeads
+
+
 def parameter_dtype(dtype: ms.Type) -> ms.Type:
     """fp32 whatever the model's dtype: see the module's docstring."""
     return ms.float32
+
+
+activation_dtype = parameter_dtype
 
 
 # One flat buffer per batch row: only then is ScatterUpdate in place and a shorter context a prefix view.
@@ -399,7 +411,7 @@ class VisionAttention(nn.Cell):
     out masked, and no mask is brought to the shape of a block and added, which would hold four blocks instead of two.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, dtype: ms.Type) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.scale = config.head_dim**-0.5

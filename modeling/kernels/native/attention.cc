@@ -93,7 +93,7 @@ void absorbed(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
   });
 
   // By the length alone, so that a result does not depend on the number of threads.
-  const int64_t block = std::clamp<int64_t>(rounded_up(length / 64, 16), 16, 128);
+  const int64_t block = std::clamp<int64_t>(rounded_up(length / 32, 16), 32, 128);
   const int64_t blocks = (length + block - 1) / block;
   auto sums = scratch<float>(blocks * rows * s.lora);
   auto largest = scratch<float>(blocks * rows), total = scratch<float>(blocks * rows);
