@@ -382,6 +382,8 @@ OPERATOR(interpolate) {
 
 #define SETTING extern "C" __attribute__((visibility("default")))
 
+// Grows with every change of an operator's arguments or of these functions; library.py expects the same one.
+SETTING int kimi_version() { return 1; }
 SETTING int kimi_threads() { return threads(); }
 SETTING void kimi_set_threads(int count) { set_threads(count); }
 SETTING const char *kimi_isa() { return isa().name; }

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -27,11 +26,7 @@ inline void relax() {
 #endif
 }
 
-int initial_threads() {
-  if (const char *asked = std::getenv("OMP_NUM_THREADS")) {
-    const int count = std::atoi(asked);
-    if (count > 0) return count;
-  }
+int usable_cores() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
   return std::max(1u, std::thread::hardware_concurrency());
@@ -116,7 +111,7 @@ class Pool {
 struct Shared {
   std::mutex mutex;  // held by whoever uses the pool
   std::unique_ptr<Pool> pool;
-  std::atomic<int> count{initial_threads()};
+  std::atomic<int> count{usable_cores()};
 };
 Shared &shared() {
   static Shared *s = new Shared();  // not destroyed: workers may run while the process ends

@@ -10,7 +10,8 @@ namespace kimi {
 // for each other; work must not call it again.
 void parallel(int64_t units, const std::function<void(int64_t unit, int thread)> &work);
 
-// Threads that share the work, the caller included. At first OMP_NUM_THREADS, else the cores this process may use.
+// Threads that share the work, the caller included: at first the cores of the affinity mask. What the user or a container
+// asks for is not read here, because MindSpore writes an OMP_NUM_THREADS of its own into the environment.
 int threads();
 void set_threads(int count);
 
