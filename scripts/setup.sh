@@ -2,11 +2,17 @@
 #
 #   setup_environment [VENV] [CONSTRAINTS]
 #
-# Does nothing when the environment was made from the same pins and the same setup.cfg already.
+# Does nothing when the environment was made from the same pins and the same setup.cfg already, and the library of C++
+# operators is newer than its sources.
 
 setup_environment() {
     local venv="${1:-.venv}" constraints="${2:-constraints.txt}"
-    local stamp="$venv/.installed" key
+    install_project "$venv" "$constraints"
+    build_library "$venv/bin/python"
+}
+
+install_project() {
+    local venv="$1" constraints="$2" stamp="$1/.installed" key
     key="$(cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh | sha256sum)"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ] && [ "$(cat "$venv/.root")" = "$PWD" ]; then
         return 0
@@ -17,13 +23,14 @@ setup_environment() {
         return 3
     fi
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        if can_install; then
             apt-get install -y -q python3-venv >&2
         else
             echo "setup: $python has no venv module; install the Debian package python3-venv (as root) and run this again" >&2
             return 3
         fi
     fi
+    has_compiler || { can_install && apt-get install -y -q g++ >&2; } || true
     echo "setup: installing into $venv (once; takes a minute or two)" >&2
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --quiet -c "$constraints" setuptools wheel || return 3
@@ -38,3 +45,17 @@ setup_environment() {
     printf '%s' "$PWD" >"$venv/.root"
     printf '%s' "$key" >"$stamp"
 }
+
+# The editable install built it, and changed sources do not concern pip. setuptools compares times and takes a tenth of a
+# second where nothing changed.
+build_library() {
+    if has_compiler; then
+        "$1" setup.py -q build_ext --inplace >&2
+    else
+        echo "setup: no C++ compiler: models run on plain graphs, which are slower; install g++ and run this again" >&2
+    fi
+}
+
+has_compiler() { command -v "${CXX:-g++}" >/dev/null || command -v c++ >/dev/null; }
+
+can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }

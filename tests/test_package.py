@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kimi_vl.modeling.kernels import library
+
 ROOT = Path(__file__).parents[1]
 ROOMS = {
     "kimi_vl": "kimi_vl",
@@ -21,41 +23,75 @@ ROOMS = {
 TORCH = ("torch", "torchgen", "functorch", "matplotlib", "tiktoken")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as by `pip install .`, from a copy: a folder `build` of an earlier version would be taken up."""
+NATIVE = "modeling/kernels/native"
+DESCRIBE = "from kimi_vl.modeling.kernels import library; print(library.describe())"
+
+
+def build_wheel(room: Path, **environment: str) -> Path:
+    """As `pip install .` does, by way of an sdist, from a copy: a folder `build` of an earlier version would be taken up."""
     pytest.importorskip("build")
-    room = tmp_path_factory.mktemp("wheel")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, room / name)
     for name in ROOMS:
-        shutil.copytree(ROOT / name, room / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", room / "dist", room]
-    done = subprocess.run(command, capture_output=True, text=True)
+        shutil.copytree(ROOT / name, room / name, ignore=shutil.ignore_patterns("__pycache__", "_native*"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", room / "dist", room]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    (made,) = (room / "dist").iterdir()
+    (made,) = (room / "dist").glob("*.whl")
     return made
 
 
-def test_a_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path) -> None:
-    wanted = {
+@pytest.fixture(scope="module")
+def plain_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built where no compiler works."""
+    return build_wheel(tmp_path_factory.mktemp("plain_wheel"), CC="false", CXX="false")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with the library of C++ operators."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("there is no C++ compiler")
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def files_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def files_of_the_rooms() -> set[str]:
+    """All but the sources of the library, and the library of this clone."""
+    return {
         f"{place}/{path.relative_to(ROOT / room).as_posix()}"
         for room, place in ROOMS.items()
         for path in (ROOT / room).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and not path.is_relative_to(ROOT / NATIVE)
+        and not path.name.startswith("_native")
     }
+
+
+def test_a_wheel_holds_every_file_of_the_rooms_and_nothing_else(plain_wheel: Path) -> None:
+    wanted = files_of_the_rooms()
     assert {
         "kimi_vl/nano/tiktoken.model",
         "kimi_vl/verify/templates/report.html.j2",
         "kimi_vl/export/templates/lite.ini",
     } < wanted
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert files_in(plain_wheel) == wanted
+    with zipfile.ZipFile(plain_wheel) as archive:
         (entries,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("entry_points.txt"))
-    assert held == wanted
     for command in ("convert-weights", "export-mindir", "inspect-mindir", "verify-parity"):
         assert f"{command} = kimi_vl." in entries
-    assert wheel.stat().st_size < 5e6
+    assert plain_wheel.stat().st_size < 5e6
+
+
+@pytest.mark.slow
+def test_with_a_compiler_a_wheel_holds_the_library_too(wheel: Path) -> None:
+    assert files_in(wheel) - files_of_the_rooms() == {f"kimi_vl/modeling/kernels/{library.path().name}"}
+    assert files_of_the_rooms() < files_in(wheel)
 
 
 class Installed:
@@ -97,6 +133,7 @@ def test_an_installed_wheel_converts_exports_and_verifies(wheel: Path, tmp_path:
     installed = Installed(wheel, tmp_path)
     nano = installed.passes("python", "-c", "import kimi_vl; print(kimi_vl.nano_path())").strip()
     assert Path(nano).is_relative_to(tmp_path / "venv")
+    assert "thread" in installed.passes("python", "-c", DESCRIBE)
     installed.convert_and_export("--taps")
     shown = installed.passes(
         "verify-parity",
@@ -117,9 +154,12 @@ def test_an_installed_wheel_converts_exports_and_verifies(wheel: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_what_only_verification_needs_may_be_missing(wheel: Path, tmp_path: Path) -> None:
-    """As after `pip install .`, without the extra `verify`."""
-    installed = Installed(wheel, tmp_path, without=TORCH)
+def test_what_only_verification_needs_and_the_library_may_be_missing(
+    plain_wheel: Path, tmp_path: Path
+) -> None:
+    """As after `pip install .`, without the extra `verify`, where there is no compiler."""
+    installed = Installed(plain_wheel, tmp_path, without=TORCH)
+    assert "not built" in installed.passes("python", "-c", DESCRIBE)
     assert installed.run("python", "-c", "import torch").returncode != 0
     installed.convert_and_export()
     question = ("--image", ROOT / "kimi_vl" / "nano" / "demo.png", "--prompt", "Describe the picture.")
