@@ -1,4 +1,4 @@
-"""Text generation on the host: what a GenerationConfig says, sampling in numpy, one decode step per token."""
+"""Text generation on the host: what a GenerationConfig says, one decode step per token."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from .cache import LatentCache
 from .engine import Row
 from .forward import InputError, KimiVLForward, to_numpy
+from .sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -26,63 +27,6 @@ class GenerateOutput(ModelOutput):
 
     sequences: Any = None
     past_key_values: Any = None
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen."""
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0  # 0 = all
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.do_sample and not self.temperature > 0:
-            raise InputError(
-                f"temperature: {self.temperature}, expected a positive number; use do_sample=False for greedy"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: {self.top_p}, expected a number in (0, 1]")
-        if self.top_k < 0:
-            raise InputError(f"top_k: {self.top_k}, expected 0 (all) or a positive integer")
-        if not self.repetition_penalty > 0:
-            raise InputError(f"repetition_penalty: {self.repetition_penalty}, expected a positive number")
-
-    def candidates(self, logits: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids that may come next [n], ascending, and their probabilities [n]; logits [V] fp32, the row's ids so far.
-
-        As transformers' logits processors in the order in which its `generate` applies them.
-        """
-        scores = self._penalised(logits, seen)
-        if not self.do_sample:
-            return np.array([scores.argmax()]), np.ones(1)
-        scores = scores / np.float32(self.temperature)
-        ids = np.arange(len(scores))
-        if 0 < self.top_k < len(scores):
-            ids = np.flatnonzero(scores >= np.partition(scores, -self.top_k)[-self.top_k])
-        weights = np.exp(scores[ids].astype(np.float64) - scores.max())
-        if self.top_p < 1.0:
-            # The smallest set of likeliest tokens whose probability reaches top_p.
-            order = np.argsort(-weights, kind="stable")
-            before = np.cumsum(weights[order]) - weights[order]
-            keep = np.sort(order[before < self.top_p * weights.sum()])
-            ids, weights = ids[keep], weights[keep]
-        return ids, weights / weights.sum()
-
-    def choose(self, logits: np.ndarray, seen: np.ndarray, rng: np.random.Generator) -> int:
-        """The next token of one row; see `candidates`."""
-        ids, probabilities = self.candidates(logits, seen)
-        return int(ids[0] if len(ids) == 1 else rng.choice(ids, p=probabilities))
-
-    def _penalised(self, logits: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        if self.repetition_penalty == 1.0:
-            return logits
-        logits, ids = logits.copy(), np.unique(seen)
-        penalty, of_seen = np.float32(self.repetition_penalty), logits[ids]
-        logits[ids] = np.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
-        return logits
 
 
 @dataclass
@@ -293,7 +237,7 @@ class KimiVLGeneration(KimiVLForward):
         if seed is None:
             seed = int(np.random.randint(2**63, dtype=np.int64)) if settings.sampling.do_sample else 0
         rngs = [np.random.default_rng([seed, b]) for b in range(batch)]
-        seen = [list(ids) for ids, _ in rows]
+        seen = [ids for ids, _ in rows]
         logits = [row_logits for _, row_logits in rows]
         finished = [False] * batch
         columns: list[list[int]] = []
@@ -306,8 +250,8 @@ class KimiVLGeneration(KimiVLForward):
                 if step < settings.min_new_tokens and settings.eos:
                     scores = scores.copy()
                     scores[[e for e in settings.eos if 0 <= e < len(scores)]] = -np.inf
-                column[b] = settings.sampling.choose(scores, np.asarray(seen[b]), rngs[b])
-                seen[b].append(column[b])
+                column[b] = settings.sampling.choose(scores, seen[b], rngs[b])
+                seen[b] = np.append(seen[b], column[b])
                 finished[b] = column[b] in settings.eos
             columns.append(column)
             if streamer is not None:

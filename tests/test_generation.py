@@ -14,7 +14,8 @@ from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 from kimi_vl import KimiVLForConditionalGeneration, TikTokenTokenizer
 from kimi_vl.modeling.buckets import TooLongError
 from kimi_vl.modeling.forward import InputError
-from kimi_vl.modeling.generation import Sampling, resolve
+from kimi_vl.modeling.generation import resolve
+from kimi_vl.modeling.sampling import Sampling
 
 TINY = DATA / "tiny8-bf16"
 CONTEXT = 64
@@ -32,74 +33,6 @@ def model():
 def new_tokens(model, ids=PROMPT, **options) -> list[int]:
     """The first row's new tokens."""
     return model.generate(input_ids=ids, **options).asnumpy()[0, ids.shape[1] :].tolist()
-
-
-# Choosing a token ----------------------------------------------------------------------------------------------------
-
-SAMPLINGS = {
-    "plain": {},
-    "cold": {"temperature": 0.4},
-    "hot": {"temperature": 2.5},
-    "top_k": {"top_k": 7},
-    "top_k of one": {"top_k": 1},
-    "top_k beyond the vocabulary": {"top_k": 5000},
-    "top_p": {"top_p": 0.6},
-    "a tiny top_p": {"top_p": 1e-6},
-    "a top_p just below 1": {"top_p": 0.9999},
-    "repetition_penalty": {"repetition_penalty": 1.7},
-    "a repetition reward": {"repetition_penalty": 0.6},
-    "top_p after top_k": {"top_k": 20, "top_p": 0.5},
-    "all": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2},
-}
-
-
-def transformers_probabilities(logits, seen, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Of every token [V], by transformers' processors, in the order of its `generate`."""
-    torch = pytest.importorskip("torch")
-    from transformers.generation import logits_process as hf
-
-    steps = [hf.RepetitionPenaltyLogitsProcessor(repetition_penalty), hf.TemperatureLogitsWarper(temperature)]
-    steps += [hf.TopKLogitsWarper(top_k)] if top_k else []
-    steps += [hf.TopPLogitsWarper(top_p)]
-    scores = torch.from_numpy(logits)[None]
-    for step in steps:
-        scores = step(torch.from_numpy(seen)[None], scores)
-    return scores.double().softmax(-1)[0].numpy()
-
-
-@pytest.mark.parametrize("scale", [1.0, 6.0])
-@pytest.mark.parametrize("options", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_candidates_and_probabilities_are_those_of_transformers(options, scale):
-    rng = np.random.default_rng(3)
-    logits = (rng.standard_normal(1000) * scale).astype(np.float32)
-    seen = rng.integers(0, 1000, 60)
-    want = transformers_probabilities(logits, seen, **options)
-    ids, probabilities = Sampling(do_sample=True, **{"top_k": 0, **options}).candidates(logits, seen)
-    assert np.array_equal(ids, np.flatnonzero(want))
-    np.testing.assert_allclose(probabilities, want[ids], rtol=2e-6)
-
-
-def test_equal_logits_at_the_border_of_top_k_all_stay_as_in_transformers():
-    logits = np.array([1, 3, 2, 2, 0, 2], np.float32)
-    ids, probabilities = Sampling(do_sample=True, top_k=2).candidates(logits, np.array([0]))
-    want = transformers_probabilities(logits, np.array([0]), top_k=2)
-    assert ids.tolist() == [1, 2, 3, 5] == np.flatnonzero(want).tolist()
-    np.testing.assert_allclose(probabilities, want[ids], rtol=1e-6)
-
-
-def test_without_sampling_the_best_is_taken_after_the_penalty_alone():
-    logits = np.array([2.0, 1.9, -3, 1.0], np.float32)
-    odd = {"temperature": 5.0, "top_k": 1, "top_p": 0.1}
-    assert Sampling(**odd).choose(logits, np.array([0]), None) == 0
-    assert Sampling(repetition_penalty=1.2, **odd).choose(logits, np.array([0, 0]), None) == 1
-    assert logits.tolist() == np.array([2.0, 1.9, -3, 1.0], np.float32).tolist()
-
-
-def test_tokens_are_drawn_as_often_as_their_probability_says():
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    rng, sampling = np.random.default_rng(0), Sampling(do_sample=True, top_k=0, top_p=0.9)
-    drawn = np.bincount([sampling.choose(logits, np.array([0]), rng) for _ in range(4000)], minlength=4)
-    np.testing.assert_allclose(drawn / 4000, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.025)
 
 
 @pytest.mark.parametrize(
