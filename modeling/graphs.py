@@ -17,7 +17,23 @@ from .parameters import empty_parameter
 from .vision import MoonViT, Projector
 
 
-class VisionGraph(nn.Cell):
+class StaticGraph(nn.Cell):
+    """A cell that is compiled as a whole."""
+
+    @property
+    def compile_phase(self) -> str:
+        """What MindSpore calls the compilation that the cells here are, or were last, compiled for."""
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, phase: str) -> None:
+        # MindSpore 2.10 sets it at every call. Passing it on from cell to cell takes 3 ms for 27 layers, and only compiling
+        # reads it.
+        if phase not in self.compile_cache:
+            nn.Cell.compile_phase.fset(self, phase)
+
+
+class VisionGraph(StaticGraph):
     """One image -> projected features [N / 4, H] (, the tower's output [N / 4, 4, D] with taps)."""
 
     def __init__(self, vision_tower: MoonViT, projector: Projector, config: ModelConfig, taps: bool) -> None:
@@ -36,7 +52,7 @@ class VisionGraph(nn.Cell):
         return (y,) + taps
 
 
-class TextGraph(nn.Cell):
+class TextGraph(StaticGraph):
     """New tokens of each batch row -> logits of every token [B, T, V] (, taps). One token per row is decoding.
 
     With taps two more outputs: hidden_states [L, B, T, H], the layers' outputs before the final norm, and
@@ -117,7 +133,7 @@ class LayersGraph(TextGraph):
         return taps
 
 
-class HeadGraph(nn.Cell):
+class HeadGraph(StaticGraph):
     """The final norm and the head alone: the last layer's output [B, T, H] -> logits [B, T, V]."""
 
     def __init__(self, model: LanguageModel) -> None:
