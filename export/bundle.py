@@ -95,6 +95,7 @@ class Bundle:
         products: of Atlas that every graph was found legal on.
         releases: of MindSpore whose front end takes the graphs, and the CANN that belongs to each.
         cache_write: which operator writes into the caches, where the target has several.
+        kernels: the module of ``modeling.kernels`` that the graphs were traced with; "cpu" needs the library of operators.
     """
 
     version: str
@@ -117,6 +118,7 @@ class Bundle:
     products: tuple[str, ...] = ()
     releases: dict[str, str] = field(default_factory=dict)
     cache_write: str | None = None
+    kernels: str | None = None
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "schema": SCHEMA, **asdict(self)}, indent=1) + "\n"

@@ -18,12 +18,13 @@ from ..modeling.cache import CacheRow
 from ..modeling.configuration import ModelConfig
 from ..modeling.engine import Arrays, Engine
 from ..modeling.generation import KimiVLGeneration
+from ..modeling.kernels import library
 from ..modeling.modeling_kimi_vl import mindspore_dtype
 from ..modeling.settings import generation_settings
 from . import mindir
 from .bundle import MANIFEST, Bundle, GraphRecord
 from .errors import BundleError
-from .plan import DECODE, FLAT_WRITES, PREFILL, PREFILL_LOGITS, VISION
+from .plan import CPU_OPERATORS, DECODE, FLAT_WRITES, PREFILL, PREFILL_LOGITS, VISION
 from .weights import SharedWeights, check_files
 
 
@@ -89,6 +90,11 @@ def _check_device(directory: Path, bundle: Bundle) -> None:
     """Raises BundleError: MindSpore runs on something that the graphs are not for, or their caches are not kept here."""
     device = running.device()
     if device.lower() == bundle.target:
+        if bundle.kernels == CPU_OPERATORS and (reason := library.why_not()):
+            raise BundleError(
+                f"{directory}: its graphs call the library of CPU operators, which is {reason}; or export again with "
+                f"{library.SWITCH}=off"
+            )
         return
     if device == "CPU":
         raise BundleError(
@@ -218,7 +224,7 @@ class LoadedGraph:
 
     def _load(self, bundle: Bundle) -> Any:
         """MindSpore's graph, without any data of its own: `ms.load` would read a copy of the weights for each graph."""
-        if not self._record.external_data:
+        if not self._record.external_data and bundle.kernels != CPU_OPERATORS:
             return ms.load(str(self._path))
         model = mindir.read(self._path)
         for name, place in mindir.pointing(model).items():
@@ -226,6 +232,7 @@ class LoadedGraph:
             if weight is None or place != (weight.file, weight.offset, weight.nbytes):
                 raise BundleError(f"{self._path}: {name} is not where {MANIFEST} says; export again")
         mindir.point_at(model, {})
+        mindir.set_library(model, library.path())
         with tempfile.TemporaryDirectory() as temporary:
             bare = Path(temporary) / self._path.name
             bare.write_bytes(mindir.serialise(model))

@@ -79,7 +79,7 @@ def estimate(plan: BundlePlan, progress: Callable[[str], object] = lambda name: 
     from .trace import Tracer
 
     short = plan.shortened()
-    tracer = Tracer(short.config, plan.target, plan.batch)
+    tracer = Tracer(short.config, plan.target, plan.batch, plan.weights.dtype)
     found = {}
     for graph in short.graphs:
         progress(graph.name)

@@ -3,6 +3,7 @@
 What a trace leaves in a proto that differs between two processes: the compile phase with its time and address, value
 and graph names with counters of everything compiled before, the order and numbers of primitives, and scopes. All of
 it is for debugging; `normalise` gives every value and primitive a number in order of appearance and drops the rest.
+Operators of a library keep their names alone, because its file is another one on the machine that loads the graph.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .errors import BundleError, ExportError
 from .proto import pb
 
 REFERENCE = "REF::"  # a node's op_type: this and the primitive's name
+CUSTOM = "Custom"  # an operator of a library, which its attributes name
 Place = tuple[str, int, int]
 """File name, offset from the file's start, length in bytes."""
 
@@ -149,6 +151,30 @@ def pointing(model: Any) -> dict[str, Place]:
     }
 
 
+def uses_library(model: Any) -> bool:
+    """Whether a graph calls operators of the library of CPU operators."""
+    return any(p.op_type == CUSTOM for p in model.primitives)
+
+
+def set_library(model: Any, path: Path | None) -> None:
+    """Let operators of the library be found in this file; None leaves their names alone, which are the same everywhere."""
+    for primitive in model.primitives:
+        if primitive.op_type == CUSTOM:
+            attributes = {a.name: a for a in primitive.attribute}
+            name = attributes["func_name"].s.decode().rpartition(":")[2]
+            where = f"{path}:{name}" if path else name
+            attributes["func_name"].s = where.encode()
+            attributes["uniq_name"].s = f"{CUSTOM}_{where}".encode()
+
+
+def operator(primitive: Any) -> str:
+    """What a primitive computes: its type, or the name of a library's operator."""
+    if primitive.op_type != CUSTOM:
+        return primitive.op_type
+    (name,) = (a.s.decode() for a in primitive.attribute if a.name == "func_name")
+    return name.rpartition(":")[2]
+
+
 def serialise(model: Any) -> bytes:
     return model.SerializeToString(deterministic=True)
 
@@ -171,6 +197,7 @@ def normalise(model: Any) -> None:
     values |= {name: f"graph:{i}" for i, name in enumerate(outputs)}
     for value in [*graph.input, *graph.parameter, *graph.output]:
         value.name = values[value.name]
+    set_library(model, None)
     primitives = _number_primitives(model)
     for node in graph.node:
         node.input[:] = [values[name] for name in node.input]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from . import mindir
 from .mindir import REFERENCE, plain
 from .proto import pb
 
@@ -158,7 +159,7 @@ def flat(kind: Kind) -> Iterator[Any]:
 def read_nodes(model: Any) -> Nodes:
     """The main graph of a ModelProto."""
     graph = model.graph
-    primitives = {p.name: p.op_type for p in model.primitives}
+    primitives = {p.name: mindir.operator(p) for p in model.primitives}
     constants, nodes = {}, []
     for number, node in enumerate(graph.node):
         if node.op_type == "Constant":

@@ -19,6 +19,7 @@ from ..convert.transforms import DTYPES
 from ..convert.weights import Source
 from ..modeling.buckets import LONGEST_SHAPE, contexts, fitting_limit, largest_image, patch_buckets
 from ..modeling.configuration import ModelConfig
+from ..modeling.kernels import library
 from ..modeling.settings import PROCESSOR, in_token_limit, with_in_token_limit
 from ..modeling.shapes import (
     Ports,
@@ -82,6 +83,7 @@ class Target:
 
 TEMPLATES = Path(__file__).parent / "templates"
 VARIANTS = ("fused", "plain")
+CPU_OPERATORS = "cpu"  # the module of kernels that calls the library, where it was built
 FLAT_WRITES = ("scatter-update", "index-copy")  # take a cache parameter without an axis for the batch
 CACHE_WRITES = ("scatter", "scatter-nd", *FLAT_WRITES)
 TARGETS = {
@@ -262,6 +264,7 @@ class BundlePlan:
         return {
             "source": str(self.weights.directory),
             "target": self.target.name,
+            "kernels": self.target.kernels,
             "attention": self.target.attention,
             "experts": self.target.experts,
             "products": self.target.products,
@@ -289,7 +292,10 @@ class BundlePlan:
         }
 
     def __str__(self) -> str:
-        lines = [_line("graphs", f"{len(self.graphs)}, batch {self.batch}, computing in {self.target.dtype}")]
+        by = "by the library of CPU operators, " if self.target.kernels == CPU_OPERATORS else ""
+        lines = [
+            _line("graphs", f"{len(self.graphs)}, batch {self.batch}, {by}computing in {self.target.dtype}")
+        ]
         lines += [_line("", f"{g.name:24} {_ports(g.inputs)} -> {_ports(g.outputs)}") for g in self.graphs]
         lines += [
             _line("copy" if self.copy else "link", f"{name}  {size_text(n)}")
@@ -391,6 +397,8 @@ def plan_export(
     patches, limit, notes = _patches(weights, sizes[-1], image_patches)
     to = _target(weights, TARGETS[target], attention, experts, products, cache_write)
     named = _dtype(weights, to, dtype)
+    if to.kernels == CPU_OPERATORS and named != "bfloat16":
+        to = replace(to, widens=True)  # the operators take bf16 and fp32
     shared = (config, to, batch)
     graphs = [_vision(config, to, n, tapped) for n in patches for tapped in (False, True)[: 1 + taps]]
     for context in sizes:
@@ -444,7 +452,9 @@ def _target(
         raise ExportError(
             f"--cache-write: {cache_write}, but target {target.name} has {', '.join(target.cache_writes)}"
         )
-    if not target.widens:
+    if target.name == "cpu" and library.built():
+        target = replace(target, kernels=CPU_OPERATORS, widens=False)
+    if target.runtime:
         if weights.dtype not in ("bfloat16", "float16"):
             raise ExportError(
                 f"{weights.directory}: holds {weights.dtype}, but target {target.name} computes in bf16 or fp16 "

@@ -14,14 +14,14 @@ from mindspore.ops import auto_generate as generated
 from ..convert.errors import EnvironmentProblem
 from ..modeling.configuration import ModelConfig
 from ..modeling.graphs import LastLogitsGraph, TextGraph, VisionGraph
-from ..modeling.kernels import get_kernels
+from ..modeling.kernels import get_kernels, library
 from ..modeling.language import LanguageModel
 from ..modeling.shapes import Ports
 from ..modeling.vision import MoonViT, Projector
 from . import mindir
 from .errors import ExportError
 from .operators import GE
-from .plan import VISION, GraphPlan, Target
+from .plan import CPU_OPERATORS, VISION, GraphPlan, Target
 from .proto import pb
 from .scaling import Lengths, Unlike, scaled
 
@@ -31,11 +31,15 @@ _DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16
 class Tracer:
     """Builds the network once, without weights, and traces its graphs one by one.
 
+    Args:
+        stored: dtype of the weights as they are stored; default: what the target computes in.
+
     Raises:
-        EnvironmentProblem: the installed MindSpore is too old for an operator that was asked for.
+        EnvironmentProblem: the installed MindSpore is too old for an operator that was asked for, or the library of
+            operators cannot be used.
     """
 
-    def __init__(self, config: ModelConfig, target: Target, batch: int) -> None:
+    def __init__(self, config: ModelConfig, target: Target, batch: int, stored: str | None = None) -> None:
         if target.cache_write == "index-copy" and not hasattr(generated, "InplaceIndexCopy"):
             raise EnvironmentProblem(
                 f"MindSpore {ms.__version__}: has no InplaceIndexCopy for --cache-write index-copy; choose another write, or "
@@ -44,11 +48,14 @@ class Tracer:
         self.config = config
         self.target = target
         self.batch = batch
+        if target.kernels == CPU_OPERATORS and (reason := library.why_not()):
+            raise EnvironmentProblem(f"CPU operators: {reason}; or export with {library.SWITCH}=off")
         self.dtype = _DTYPES[target.dtype]
+        held = _DTYPES[target.parameter_dtype(stored or target.dtype)]
         self.kernels = get_kernels(target.kernels, **target.variants)
-        self.vision_tower = MoonViT(self.kernels, self.dtype, config.vision)
-        self.projector = Projector(self.kernels, self.dtype, config)
-        self.language_model = LanguageModel(self.kernels, self.dtype, config.text)
+        self.vision_tower = MoonViT(self.kernels, held, config.vision)
+        self.projector = Projector(self.kernels, held, config)
+        self.language_model = LanguageModel(self.kernels, held, config.text)
 
     def cell(self, graph: GraphPlan) -> nn.Cell:
         """The cell that `graph` is the plan of."""

@@ -120,7 +120,7 @@ def _write_graphs(
     from .trace import Tracer
 
     target = plan.target
-    tracer = Tracer(plan.config, target, plan.batch)
+    tracer = Tracer(plan.config, target, plan.batch, plan.weights.dtype)
     unused = set(plan.weights.names())
     records: dict[str, GraphRecord] = {}
     traced = _Traced(releases=set(releases.CANN if target.runtime else ()))
@@ -230,6 +230,7 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], traced: _Traced)
         products=plan.target.products,
         releases={release: CANN[release] for release in sorted(traced.releases)},
         cache_write=plan.target.cache_write,
+        kernels=plan.target.kernels,
     )
 
 

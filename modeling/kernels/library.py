@@ -1,7 +1,8 @@
 """The C++ operators for CPUs as a shared library: where it is, whether it can be used, and its settings.
 
 It is built when the package is installed (`setup.py`) and lies beside this file. Nothing is compiled or loaded by an
-import: the first call that wants to know loads the library, once, and `KIMI_VL_KERNELS=off` keeps it out.
+import: the first call that wants to know loads the library, once. `KIMI_VL_KERNELS=off` keeps it out, and with
+`KIMI_VL_KERNELS=exact` no product rounds its input, see :func:`set_exact`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,20 @@ def path() -> Path:
     return Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 
 
+def built() -> bool:
+    """Whether there is a library and it is not switched off; answers at once, without loading it or MindSpore.
+
+    Raises:
+        ValueError: KIMI_VL_KERNELS is none of "on", "off" and "exact".
+    """
+    return _switch() != "off" and path().exists()
+
+
 def available() -> bool:
     """Whether the operators can be used.
 
     Raises:
-        ValueError: KIMI_VL_KERNELS is neither "on" nor "off".
+        ValueError: KIMI_VL_KERNELS is none of "on", "off" and "exact".
     """
     return why_not() is None
 
@@ -96,7 +106,9 @@ def rounds() -> bool:
 
 
 def set_exact(exact: bool) -> None:
-    """Keeps products in fp32 where they would round."""
+    """Whether products of many rows stay in fp32 where they would round their input to bf16: slower, and what is to be held
+    against fp32 arithmetic on the same weights.
+    """
     _library().kimi_set_exact(exact)
 
 
@@ -107,12 +119,17 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
+def _switch() -> str:
+    wanted = os.environ.get(SWITCH, "on")
+    if wanted not in ("on", "off", "exact"):
+        raise ValueError(f"{SWITCH} is {wanted!r}, expected on, off or exact")
+    return wanted
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, ready for use, or why there is none."""
-    wanted = os.environ.get(SWITCH, "on")
-    if wanted not in ("on", "off"):
-        raise ValueError(f"{SWITCH} is {wanted!r}, expected on or off")
+    wanted = _switch()
     if wanted == "off":
         return f"switched off by {SWITCH}=off; plain graphs are used, which are slower"
     file = path()
@@ -135,4 +152,5 @@ def _load() -> ctypes.CDLL | str:
         function = getattr(library, f"kimi_{name}")
         function.restype, function.argtypes = result, arguments
     library.kimi_set_threads(thread_count())
+    library.kimi_set_exact(wanted == "exact")
     return library

@@ -23,7 +23,7 @@ def export(ckpt: Path, graph: str, dst: Path, **sizes: object) -> None:
     """Writes `graph` of the plan of `sizes` to the directory `dst`."""
     plan = plan_export(open_converted(ckpt), **sizes)  # type: ignore[arg-type]
     (planned,) = (g for g in plan.graphs if g.name == graph)
-    cell = Tracer(plan.config, plan.target, plan.batch).cell(planned).set_train(False)
+    cell = Tracer(plan.config, plan.target, plan.batch, plan.weights.dtype).cell(planned).set_train(False)
     for name, parameter in cell.parameters_dict().items():
         if name in planned.caches:
             shape, dtype = planned.caches[name]

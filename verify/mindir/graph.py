@@ -167,4 +167,4 @@ def _node(proto: Any, primitives: dict[str, Any]) -> Node:
     for attribute in primitive.attribute:
         with suppress(InterpreterError):  # of a kind that no rule reads
             attributes[attribute.name] = constant(attribute)
-    return Node(proto.name, primitive.op_type, tuple(proto.input), proto.output[0], attributes, kind)
+    return Node(proto.name, mindir.operator(primitive), tuple(proto.input), proto.output[0], attributes, kind)
