@@ -50,6 +50,7 @@ class MindIRModel(KimiVLGeneration):
         self.dtype = mindspore_dtype(bundle.dtype)
         self.generation_config = generation_settings(directory, config)
         self.weights = weights
+        self.cpu_operators = bundle.kernels == CPU_OPERATORS
         self.engine = Engine(config, BundleGraphs(directory, bundle, weights, together=rows_together(bundle)))
 
     @classmethod

@@ -68,7 +68,7 @@ class KimiVLForward:
     dtype: ms.Type
 
     def array(self, name: str) -> np.ndarray:
-        """One weight as fp32 numpy array."""
+        """One weight, in the dtype that it is held in."""
         raise NotImplementedError
 
     @property

@@ -147,7 +147,9 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         if prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk: {prefill_chunk}, expected a positive number")
         self.dtype = mindspore_dtype(model_config.dtype if dtype is None else dtype)
-        self.kernels = get_kernels(_backend(kernels, self.dtype))
+        backend = _backend(kernels, self.dtype)
+        self.kernels = get_kernels(backend)
+        self.cpu_operators = backend == "cpu"
         held = self.kernels.parameter_dtype(self.dtype)
         self.activation_dtype = self.kernels.activation_dtype(self.dtype)
         self.vision_tower = MoonViT(self.kernels, held, model_config.vision)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ from ..export.bundle import MANIFEST as BUNDLE
 from ..export.bundle import Bundle
 from ..modeling.buckets import contexts, largest_image
 from ..modeling.configuration import ModelConfig
+from ..modeling.kernels import library
 from ..modeling.settings import in_token_limit
 from .cases import Limits, Source
 
@@ -66,12 +68,19 @@ class Found:
     target: str = ""  # of a bundle
     interpreted: bool = False
     rounded: str = (
-        ""  # the dtype that an interpreted bundle's operators are rounded to; empty: arithmetic in fp32
+        ""  # the dtype that operators' results or their inputs are rounded to; empty: arithmetic in fp32
     )
 
     @property
     def arithmetic(self) -> Literal["lifted", "rounded"]:
         return "rounded" if self.rounded else "lifted"
+
+    @property
+    def how(self) -> str:
+        """Behind its kind, for a person."""
+        return (", interpreted" if self.interpreted else "") + (
+            f", {self.arithmetic}" if self.interpreted or self.rounded else ""
+        )
 
     @property
     def stage(self) -> str:
@@ -106,18 +115,31 @@ def inspect(path: str | Path, through: str | None = None, arithmetic: str = "lif
         rounded = ""
         if arithmetic == "rounded":
             rounded = bundle.parameter_dtype or bundle.dtype
-            if not interpreted or rounded == "float32":
-                why = f"its graphs compute in {rounded}" if interpreted else "MindSpore runs its graphs"
+            if interpreted:
+                why = "its graphs compute in float32" if rounded == "float32" else None
+            else:
+                why = _why_unrounded(rounded, bundle.kernels == "cpu")
+            if why:
                 raise CandidateError(f"--arithmetic: {path} cannot be rounded, {why}; leave it out")
         return Found(path, "bundle", config, limits, bundle.taps, bundle.target, interpreted, rounded)
     if through == "interpreter":
         raise CandidateError(
             f"--through: {path} is no bundle, and only graphs of a bundle can be interpreted"
         )
-    if arithmetic == "rounded":
-        raise CandidateError(f"--arithmetic: {path} is no bundle, and only interpreted graphs can be rounded")
+    if arithmetic == "rounded" and (why := _why_unrounded(config.dtype, library.available())):
+        raise CandidateError(f"--arithmetic: {path} cannot be rounded, {why}; leave it out")
     kind = "converted directory" if (path / CONVERTED).is_file() else "published directory"
-    return Found(path, kind, config, _network_limits(path, config))
+    rounded = config.dtype if arithmetic == "rounded" else ""
+    return Found(path, kind, config, _network_limits(path, config), rounded=rounded)
+
+
+def _why_unrounded(dtype: str, has_operators: bool) -> str | None:
+    """Why graphs that MindSpore runs on a CPU compute in fp32, whatever is asked; None if they can round."""
+    if dtype != "bfloat16" or not has_operators:
+        return "MindSpore computes it in fp32"
+    if not library.available() or not library.can_round():
+        return "this machine has no instructions for bf16"
+    return None
 
 
 def open_candidate(found: Found) -> Candidate:
@@ -146,6 +168,17 @@ def open_candidate(found: Found) -> Candidate:
     return ModelCandidate(model, found)
 
 
+def _in_its_arithmetic(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of :class:`ModelCandidate` while the CPU operators round, or do not, as the candidate is judged."""
+
+    @functools.wraps(method)
+    def run(self: ModelCandidate, *args: Any) -> Any:
+        with library.exactly(not self.found.rounded):
+            return method(self, *args)
+
+    return run
+
+
 class ModelCandidate:
     """The network or a bundle, reloaded or interpreted, through the call they share."""
 
@@ -161,6 +194,11 @@ class ModelCandidate:
         more: dict[str, Any] = {}
         where = str(mindspore.get_context("device_target"))
         runs_on = f"MindSpore {mindspore.__version__} on {where}"
+        if getattr(self.model, "cpu_operators", False):
+            how = f"inputs of products rounded to {self.found.rounded}" if self.found.rounded else "fp32"
+            runs_on += f", C++ operators ({library.isa()}), {how}"
+        if self.found.rounded:
+            more = {"arithmetic": self.found.arithmetic}
         if self.found.interpreted:
             import torch
 
@@ -186,6 +224,7 @@ class ModelCandidate:
             "taps": self.found.taps,
         }
 
+    @_in_its_arithmetic
     def run(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
         logits, _ = self._calls(inputs, calls, taps=False)
         logits["last_logits"] = self._last_logits(inputs, calls)
@@ -195,6 +234,7 @@ class ModelCandidate:
         differ = np.abs(again["logits"].astype(np.float64) - logits["logits"]).max(initial=0.0)
         return taps | logits | {"tapped_logits_differ": np.asarray(differ)}
 
+    @_in_its_arithmetic
     def once(self, inputs: Inputs, calls: Sequence[int]) -> Taps:
         """As :meth:`run`, by the graphs with taps alone where there are any."""
         logits, taps = self._calls(inputs, calls, taps=self.found.taps)
@@ -208,6 +248,7 @@ class ModelCandidate:
             return None
         return ProcessorSource(self.found.path, self.found.config, own_pictures=True)
 
+    @_in_its_arithmetic
     def greedy(self, inputs: Inputs, n: int) -> np.ndarray:
         ids = self.model.generate(
             **inputs, max_new_tokens=n, do_sample=False, repetition_penalty=1.0, eos_token_id=None

@@ -141,8 +141,7 @@ def run_chain(
         dtype = found.rounded
         if dtype and dtype not in rounded:
             rounded[dtype] = KeptReference(build_oracle(reference, getattr(torch, dtype)), spool, dtype)
-        how = f", interpreted, {found.arithmetic}" if found.interpreted else ""
-        say(f"loading the candidate {link.path} ({found.kind}{how})")
+        say(f"loading the candidate {link.path} ({found.kind}{found.how})")
         candidate = candidates.open_candidate(found)
         result = run_suite(
             kept,

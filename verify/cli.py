@@ -94,7 +94,8 @@ class MissingPackage(RuntimeError):
     type=click.Choice(["lifted", "rounded"]),
     default="lifted",
     show_default=True,
-    help="Of interpreted bundles: in fp32; or also with every operator's result rounded as its graph declares.",
+    help="In fp32; or also rounded: every operator's result as an interpreted graph declares it, or, where MindSpore runs "
+    "the C++ operators on a CPU, the input of products with bf16 weights.",
 )
 @click.option(
     "--reference-code",
@@ -318,7 +319,7 @@ def _verify(
     fitting = [suited(thresholds, {"arithmetic": link.found.arithmetic}) for link in links]
     arguments: dict[str, Any] = {
         "reference": f"{shown} (revision {reference.revision})" if reference.revision else shown,
-        "candidate": "; ".join(f"{link.path} ({link.found.kind}{_how(link.found)})" for link in links),
+        "candidate": "; ".join(f"{link.path} ({link.found.kind}{link.found.how})" for link in links),
         "report": report or "(none: dry run)",
         "profile": ", ".join(dict.fromkeys(profile.name for profile in fitting)),
         "cases": ", ".join(dict.fromkeys(plan.name for link in links for plan in link.plans)),
@@ -366,10 +367,6 @@ def about(option: str) -> Iterator[None]:
         yield
     except ConversionError as e:
         raise ConversionError(f"{option} {e}") from None
-
-
-def _how(found: Any) -> str:
-    return f", interpreted, {found.arithmetic}" if found.interpreted else ""
 
 
 def _called(value: str, source: Any) -> str:

@@ -102,11 +102,11 @@ _TARGETS = {"cpu": "CPU", "ascend": "Ascend", "lite": "Lite"}
 
 def stage_name(candidate: dict[str, Any]) -> str:
     """What a link's stage is called."""
-    if candidate["stage"] == "network":
-        return LAYER_BY_LAYER if candidate.get("streamed") else CHAIN[0]
-    if candidate["stage"] == "bundle":
-        return CHAIN[1] if not candidate["on_device"] else "Reloaded MindIR"
     rounded = ", rounded" if candidate.get("arithmetic") == "rounded" else ""
+    if candidate["stage"] == "network":
+        return LAYER_BY_LAYER if candidate.get("streamed") else CHAIN[0] + rounded
+    if candidate["stage"] == "bundle":
+        return CHAIN[1] + rounded if not candidate["on_device"] else "Reloaded MindIR"
     return f"{_TARGETS[candidate['target']]} MindIR, interpreted{rounded}"
 
 

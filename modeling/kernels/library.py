@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "isa": (ctypes.c_char_p, ()),
     "set_isa": (ctypes.c_int, (ctypes.c_char_p,)),
     "onednn": (ctypes.c_char_p, ()),
-    "rounds": (ctypes.c_int, ()),
+    "can_round": (ctypes.c_int, ()),
+    "exact": (ctypes.c_int, ()),
     "set_exact": (None, (ctypes.c_int,)),
 }
 
@@ -100,9 +103,11 @@ def onednn() -> str:
     return _library().kimi_onednn().decode()
 
 
-def rounds() -> bool:
-    """Whether products of many rows round their input to bf16 where their weights are bf16."""
-    return bool(_library().kimi_rounds())
+def can_round() -> bool:
+    """Whether this machine has instructions for bf16, so that products of many rows round their input to bf16 where their
+    weights are bf16, unless :func:`set_exact` forbids it.
+    """
+    return bool(_library().kimi_can_round())
 
 
 def set_exact(exact: bool) -> None:
@@ -110,6 +115,20 @@ def set_exact(exact: bool) -> None:
     against fp32 arithmetic on the same weights.
     """
     _library().kimi_set_exact(exact)
+
+
+@contextmanager
+def exactly(exact: bool) -> Iterator[None]:
+    """Sets :func:`set_exact` for a while, where there is a library."""
+    if not available():
+        yield
+        return
+    before = bool(_library().kimi_exact())
+    set_exact(exact)
+    try:
+        yield
+    finally:
+        set_exact(before)
 
 
 def _library() -> ctypes.CDLL:

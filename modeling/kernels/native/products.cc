@@ -46,7 +46,9 @@ bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const float *w
 
 }  // namespace
 
-bool rounds() { return onednn::has_bf16() && isa().packed && !exact; }
+bool can_round() { return onednn::has_bf16() && isa().packed; }
+bool rounds() { return can_round() && !exact; }
+bool is_exact() { return exact; }
 void set_exact(bool value) { exact = value; }
 
 void round_rows(int64_t t, int64_t k, const float *x, bf16 *y) {

@@ -11,9 +11,11 @@ namespace kimi {
 // the time.
 constexpr int64_t kFewRows = 8;
 
-// Whether products of more rows may round their fp32 input to bf16 where the weights are bf16 too: if the machine has
+// Whether products of more rows round their fp32 input to bf16 where the weights are bf16 too: if the machine has
 // instructions for it and `set_exact(true)` was not called.
 bool rounds();
+bool can_round();
+bool is_exact();
 void set_exact(bool exact);
 
 // Rows of x [t, k] rounded to bf16, over the pool.
