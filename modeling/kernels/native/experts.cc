@@ -156,7 +156,7 @@ bool experts(int64_t t, int64_t h, int64_t i, int64_t e, int64_t k, const float 
   auto out = scratch<float>(t * k * h);
   if (!compute_rounded(routing, t, h, i, k, x, gate_up, down, out.get()))
     compute(routing, t, h, i, k, x, gate_up, down, out.get());
-  const int64_t tokens = t < 16 ? t : 8;
+  const int64_t tokens = t < 16 ? std::max<int64_t>(1, t) : 8;
   parallel((t + tokens - 1) / tokens, [&](int64_t unit, int) {
     for (int64_t r = unit * tokens; r < std::min(t, (unit + 1) * tokens); ++r) {
       float *to = y + r * h;

@@ -50,10 +50,12 @@ class Call {
   }
 
  private:
+  // There may be no rows, but rows of nothing are refused: nobody has them, and much divides by a width.
   bool has_shape(int i, std::initializer_list<int64_t> shape) const {
-    if (i >= count_ || ndims_[i] != int(shape.size())) return false;
+    if (ndims_[i] != int(shape.size())) return false;
     return std::equal(shape.begin(), shape.end(), shapes_[i],
-                      [](int64_t expected, int64_t found) { return expected == kAny || expected == found; });
+                      [](int64_t expected, int64_t found) { return expected == kAny || expected == found; }) &&
+           std::all_of(shapes_[i] + 1, shapes_[i] + shape.size(), [](int64_t found) { return found > 0; });
   }
 
   int count_;
@@ -115,6 +117,7 @@ int attend_image(const Call &c, bool rounded) {
   if (!c.has(1, "float32", like_q) || !c.has(2, "float32", like_q) || !c.has(3, "int32", {1}) || !c.has(4, "float32", {n, heads * dim}))
     return kBadShape;
   const int64_t valid = *c.at<int32_t>(3);
+  if (n == 0) return kOk;
   if (valid < 1 || valid > n) return kBadIndex;
   vision_attention(n, heads, dim, valid, c.at<float>(0), c.at<float>(1), c.at<float>(2), rounded, c.at<float>(4));
   return kOk;
@@ -221,12 +224,16 @@ OPERATOR(layer_norm) {
 // [..., a + b] -> [..., a], [..., b]
 OPERATOR(split) {
   return guarded([&] {
-    if (count != 3) return kBadShape;
-    const int64_t a = shapes[1][ndims[1] - 1], b = shapes[2][ndims[2] - 1], n = shapes[0][ndims[0] - 1];
-    if (a + b != n) return kBadShape;
-    int64_t rows = 1;
-    for (int i = 0; i + 1 < ndims[0]; ++i) rows *= shapes[0][i];
     const Call c(count, data, ndims, shapes, dtypes);
+    if (count != 3 || ndims[0] < 1) return kBadShape;
+    const int last = ndims[0] - 1;
+    int64_t rows = 1;
+    for (int axis = 0; axis < last; ++axis) rows *= c.dim(0, axis);
+    for (int i = 0; i < 3; ++i)
+      if (!c.is(i, "float32") || ndims[i] != ndims[0] || !std::equal(shapes[0], shapes[0] + last, shapes[i]))
+        return kBadShape;
+    const int64_t n = c.dim(0, last), a = c.dim(1, last), b = c.dim(2, last);
+    if (a < 1 || b < 1 || a + b != n) return kBadShape;
     for_rows(rows, n, [&](int64_t r) {
       const float *x = c.at<float>(0) + r * n;
       std::memcpy(c.at<float>(1) + r * a, x, a * sizeof(float));
