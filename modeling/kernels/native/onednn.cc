@@ -103,15 +103,14 @@ const Library &library() {
 }
 
 struct Key {
-  int64_t m, n, k, lda, ldb, ldc;
-  int type, transposed, accumulate;
+  int64_t m, n, k, lda, ldb, ldc, type, transposed, accumulate;  // of one size: nothing lies between them
   bool operator==(const Key &o) const { return std::memcmp(this, &o, sizeof o) == 0; }
 };
 struct Hash {
   size_t operator()(const Key &key) const {
     uint64_t h = 1469598103934665603ull;
     for (int64_t x : {key.m, key.n, key.k, key.lda, key.ldb, key.ldc,
-                      int64_t(key.type | key.transposed << 4 | key.accumulate << 5)})
+                      key.type | key.transposed << 4 | key.accumulate << 5})
       h = (h ^ uint64_t(x)) * 1099511628211ull;
     return h ^ h >> 29;
   }
