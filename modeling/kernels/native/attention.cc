@@ -44,10 +44,11 @@ void attend(int64_t m, int64_t dim, int64_t value, int64_t padded, const E *q, c
       product(rows, keys, dim, q + first * dim, dim, k + at * dim, dim, true, scores.get(), keys, false);
       for (int64_t r = 0; r < rows; ++r) {
         float *row = scores.get() + r * keys;
-        const int64_t n = std::clamp<int64_t>(seen(first + r) - at, 0, keys);
+        int64_t n = std::clamp<int64_t>(seen(first + r) - at, 0, keys);
+        const float before = largest[r], found = isa().max(n, row);
+        largest[r] = found > before || found != found ? found : before;
+        if (largest[r] == kNothing) n = 0;  // every score so far is -inf: minus itself it would be NaN for good
         if (n > 0) {
-          const float before = largest[r], found = isa().max(n, row);
-          largest[r] = found > before || found != found ? found : before;
           if (largest[r] != before && at > 0) {
             const float shrink = std::exp(before - largest[r]);
             isa().scale(value, shrink, sums.get() + r * value);
@@ -68,8 +69,12 @@ void attend(int64_t m, int64_t dim, int64_t value, int64_t padded, const E *q, c
   }
 }
 
-// Queries are shared out too where there are more threads than heads.
-int64_t query_parts(int64_t heads) { return (threads() + heads - 1) / heads; }
+// Queries are shared out too where there are more threads than heads, in whole blocks: how many rows are multiplied at once
+// decides how oneDNN adds, so it must not depend on the number of threads.
+int64_t queries_of_part(int64_t queries, int64_t heads) {
+  const int64_t parts = (threads() + heads - 1) / heads;
+  return rounded_up((queries + parts - 1) / parts, kQueries);
+}
 
 // Latent attention ---------------------------------------------------------------------------------------------------
 
@@ -155,10 +160,9 @@ void expanded(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
     }
   });
 
-  const int64_t parts = query_parts(s.heads), per_part = (t + parts - 1) / parts;
+  const int64_t per_part = queries_of_part(t, s.heads), parts = (t + per_part - 1) / per_part;
   parallel(s.heads * parts, [&](int64_t unit, int) {
     const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, t - first);
-    if (rows <= 0) return;
     auto keys = scratch<E>(padded * dim), values = scratch<E>(s.value * padded);
     auto wide = scratch<float>(kKeys * std::max(s.nope, s.value));
     for (int64_t at = 0; at < padded; at += kKeys) {
@@ -218,10 +222,9 @@ void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const fl
                   float *y) {
   const int64_t ld = heads * dim, padded = rounded_up(valid, kStep);
   const float scale = 1.f / std::sqrt(float(dim));
-  const int64_t parts = query_parts(heads), per_part = (n + parts - 1) / parts;
+  const int64_t per_part = queries_of_part(n, heads), parts = (n + per_part - 1) / per_part;
   parallel(heads * parts, [&](int64_t unit, int) {
     const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, n - first);
-    if (rows <= 0) return;
     auto queries = scratch<E>(rows * dim), keys = scratch<E>(padded * dim), values = scratch<E>(dim * padded);
     auto turned = scratch<float>(dim * kStep), row = scratch<float>(dim);
     for (int64_t at = 0; at < padded; at += kStep) {
