@@ -38,3 +38,26 @@ def untraced(monkeypatch):
 
     made_up = DeviceMemory(weights=1, caches=1, live=1, graph="decode")
     monkeypatch.setattr("kimi_vl.export.cli.estimate", lambda plan: made_up)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16", "amx"])
+def isa(request):
+    """An instruction set that the C++ operators use during the test; skipped where the machine lacks it."""
+    import native
+
+    library = native.library()
+    before = library.kimi_isa()
+    if not library.kimi_set_isa(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    library.kimi_set_isa(before)
+
+
+@pytest.fixture
+def exact():
+    """The C++ operators round no input during the test."""
+    import native
+
+    native.library().kimi_set_exact(1)
+    yield
+    native.library().kimi_set_exact(0)
