@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+"""Our engine against Torch on the same weights: decoding, prefill, pictures, answers, memory.
+
+    python scripts/bench_model.py --dir /big/disk --json samples.json --plot ratios.svg
+    python scripts/bench_model.py --dir /big/disk --cases decode-512 prefill-256 --reference bf16
+
+Where --dir holds no `published` checkpoint, one of random weights at the published widths is made there (5.2 GB), and then
+converted: random, but with a load of experts as uneven as a trained router's. The reference is transformers' own class,
+with whichever of its kernels are fastest in a case. Both sides live in one process, on the same number of processors, and
+take turns, each turn with other tokens; a case in which Torch is unsteady is measured again. Errors are against Torch in
+fp32, if --reference has it. Memory is of each side alone, in a process of its own, after each case ran once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kimi_vl.convert import ConversionError, EnvironmentProblem, convert
+from kimi_vl.convert.manifest import MANIFEST
+from kimi_vl.modeling.configuration import ConfigError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import make_synthetic
+from bench_kit import engine_report
+from bench_kit.cases import DEFAULT, Case
+from bench_kit.fresh import Fresh, ProcessFailed
+from bench_kit.sessions import OURS, Alone, Machine, Measured, RoutingFound, Setting, alone, compare
+
+REFERENCES = ("fp32", "bf16")  # in this order: errors of the second are against the first
+
+
+def checkpoints(directory: Path, dtype: str, layers: int, vision_layers: int) -> tuple[Path, Path]:
+    """The published and the converted checkpoint in `directory`, made where they are not there."""
+    published, converted = directory / "published", directory / f"converted-{dtype}"
+    if not published.exists():
+        say(f"making {published}: {layers} layers, {vision_layers} vision blocks")
+        raw = make_synthetic.configuration(make_synthetic.PUBLISHED, layers, vision_layers)
+        make_synthetic.make(published, raw)
+    if not (converted / MANIFEST).exists():
+        say(f"making {converted}")
+        convert(published, converted, dtype=dtype)
+    return published, converted
+
+
+def measure(
+    setting: Setting, references: Sequence[str]
+) -> tuple[list[Measured], Machine | None, RoutingFound | None]:
+    """Each reference in a process of its own: two of them would not fit into memory."""
+    rows: list[Measured] = []
+    machine = routing = None
+    exact: dict[str, np.ndarray] = {}
+    for dtype in references:
+        for found in Fresh(compare, setting, dtype, exact):
+            if isinstance(found, Machine):
+                machine = found
+            elif isinstance(found, RoutingFound):
+                routing = found
+            elif isinstance(found, Measured):
+                rows.append(found)
+                say(
+                    f"{found.name}, {found.reference}: {' / '.join(f'{r:.2f}' for r in engine_report.ratios(found))}"
+                )
+            elif dtype == "fp32":
+                exact |= [found]
+    return rows, machine, routing
+
+
+def memory(setting: Setting, references: Sequence[str], rows: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Peaks of each side alone."""
+    found = []
+    for side in (OURS, *references):
+        variants = {str(row.case): row.variant for row in rows if row.reference.endswith(side)}
+        process = Fresh(alone, setting, side, variants)
+        for result in process:
+            assert isinstance(result, Alone)
+            found.append(asdict(result) | process.peaks)
+            say(f"memory of {result.name}: {process.peaks['RssAnon'] / 1e9:.2f} GB")
+    return found
+
+
+def memory_table(found: Sequence[dict[str, Any]]) -> str:
+    lines = ["| alone | loaded in, s | anonymous memory, GB | with pages of files, GB |", "|---|---|---|---|"]
+    for side in found:
+        cells = (
+            side["name"],
+            f"{side['seconds']:.1f}",
+            f"{side['RssAnon'] / 1e9:.2f}",
+            f"{side['VmHWM'] / 1e9:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def routing_line(routing: RoutingFound) -> str:
+    if not routing.skew:
+        return "routing: no layer has experts"
+    equal = (
+        ""
+        if routing.agreement is None
+        else f"; {routing.agreement:.2%} of the choices are the same on both sides"
+    )
+    return f"routing: the busiest expert has {', '.join(f'{s:.1f}' for s in routing.skew)} times the mean load{equal}"
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    available = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, required=True, help="where the checkpoints are, or are made")
+    parser.add_argument("--layers", type=int, default=4, help="of a checkpoint that is made")
+    parser.add_argument("--vision-layers", type=int, default=4, help="of a checkpoint that is made")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of our weights")
+    parser.add_argument("--kernels", help="backend of our operators; default: what the package takes here")
+    parser.add_argument("--prefill-chunk", type=int, default=256, help="tokens of our prefill graph")
+    parser.add_argument("--bundle", type=Path, help="our side is this bundle instead, of the same checkpoint")
+    parser.add_argument(
+        "--reference", nargs="+", choices=REFERENCES, default=list(REFERENCES), help="Torch's dtypes"
+    )
+    parser.add_argument("--cases", nargs="+", default=list(DEFAULT), metavar="CASE", help=f"of {', '.join(DEFAULT)}; "
+                        "other numbers are cases too")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=available)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--budget", type=float, default=60, help="seconds for a case's rounds; 5 are always made"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave memory out")
+    parser.add_argument("--json", type=Path, help="all samples")
+    parser.add_argument("--plot", type=Path, help="the ratios as SVG or PNG")
+    args = parser.parse_args(argv)
+    if not 1 <= args.threads <= available:
+        raise ValueError(
+            f"--threads: {args.threads}, expected 1 to {available}, the processors that are free to use"
+        )
+    cases = tuple(dict.fromkeys(map(Case.parse, args.cases)))
+    references = [dtype for dtype in REFERENCES if dtype in args.reference]
+    published, converted = checkpoints(args.dir, args.dtype, args.layers, args.vision_layers)
+    setting = Setting(
+        published, args.bundle or converted, args.bundle is not None, args.kernels, args.prefill_chunk,
+        args.threads, args.rounds, args.budget, cases,
+    )  # fmt: skip
+    rows, machine, routing = measure(setting, references)
+    assert machine and routing, "a session begins with them"
+    found = [] if args.no_memory else memory(setting, references, rows)
+
+    title = f"{processor()}, {args.threads} threads"
+    print(f"{title}, reads {machine.bandwidth / 1e9:.1f} GB/s")
+    print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
+    print(f"ours: {machine.ours}")
+    print(routing_line(routing) + "\n")
+    print("\n".join(engine_report.table(rows, machine.bandwidth)))
+    if found:
+        print("\n" + memory_table(found))
+    if args.json:
+        whole = {
+            "processor": processor(), "threads": args.threads, "machine": asdict(machine), "routing": asdict(routing),
+            "rows": [asdict(row) for row in rows], "memory": found,
+        }  # fmt: skip
+        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        engine_report.figure(rows, title, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, ConversionError, ValueError) as e:  # bad input: one sentence, no traceback
+        print(f"bench_model: {e}", file=sys.stderr)
+        sys.exit(2)
+    except ProcessFailed as e:
+        print(f"bench_model: {e}", file=sys.stderr)
+        sys.exit(1)
+    except (EnvironmentProblem, OSError) as e:
+        print(f"bench_model: {e}", file=sys.stderr)
+        sys.exit(3)
