@@ -8,7 +8,8 @@ Where --dir holds no `published` checkpoint, one of random weights at the publis
 converted: random, but with a load of experts as uneven as a trained router's. The reference is transformers' own class,
 with whichever of its kernels are fastest in a case. Both sides live in one process, on the same number of processors, and
 take turns, each turn with other tokens; a case in which Torch is unsteady is measured again. Errors are against Torch in
-fp32, if --reference has it. Memory is of each side alone, in a process of its own, after each case ran once.
+fp32, if --reference has it. With llama-cpp-python and gguf installed, llama.cpp is a reference too, for one row of text.
+Memory is of each side alone, in a process of its own, after each case ran once.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ import make_synthetic
 from bench_kit import engine_report
 from bench_kit.cases import DEFAULT, Case
 from bench_kit.fresh import Fresh, ProcessFailed
-from bench_kit.sessions import OURS, Alone, Machine, Measured, RoutingFound, Setting, alone, compare
+from bench_kit.sessions import LLAMA, OURS, Alone, Machine, Measured, RoutingFound, Setting, alone, compare
 
-REFERENCES = ("fp32", "bf16")  # in this order: errors of the second are against the first
+REFERENCES = ("fp32", "bf16", LLAMA)  # in this order: errors of all are against the first
 
 
 def checkpoints(directory: Path, dtype: str, layers: int, vision_layers: int) -> tuple[Path, Path]:
@@ -62,7 +63,7 @@ def measure(
     for dtype in references:
         for found in Fresh(compare, setting, dtype, exact):
             if isinstance(found, Machine):
-                machine = found
+                machine = found if machine is None else machine.joined(found)
             elif isinstance(found, RoutingFound):
                 routing = found
             elif isinstance(found, Measured):
@@ -141,7 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefill-chunk", type=int, default=256, help="tokens of our prefill graph")
     parser.add_argument("--bundle", type=Path, help="our side is this bundle instead, of the same checkpoint")
     parser.add_argument(
-        "--reference", nargs="+", choices=REFERENCES, default=list(REFERENCES), help="Torch's dtypes"
+        "--reference",
+        nargs="+",
+        choices=REFERENCES,
+        default=["fp32", "bf16"],
+        help="Torch's dtypes, and llama.cpp",
     )
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT), metavar="CASE", help=f"of {', '.join(DEFAULT)}; "
                         "other numbers are cases too")  # fmt: skip
@@ -166,20 +171,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.threads, args.rounds, args.budget, cases,
     )  # fmt: skip
     rows, machine, routing = measure(setting, references)
-    assert machine and routing, "a session begins with them"
+    assert machine, "a session begins with it"
     found = [] if args.no_memory else memory(setting, references, rows)
 
-    title = f"{processor()}, {args.threads} threads"
+    title = f"{processor()}, threads: {args.threads}"
     print(f"{title}, reads {machine.bandwidth / 1e9:.1f} GB/s")
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
     print(f"ours: {machine.ours}")
-    print(routing_line(routing) + "\n")
+    if routing:
+        print(routing_line(routing))
+    print()
     print("\n".join(engine_report.table(rows, machine.bandwidth)))
     if found:
         print("\n" + memory_table(found))
     if args.json:
         whole = {
-            "processor": processor(), "threads": args.threads, "machine": asdict(machine), "routing": asdict(routing),
+            "processor": processor(), "threads": args.threads, "machine": asdict(machine), "routing": routing and asdict(routing),
             "rows": [asdict(row) for row in rows], "memory": found,
         }  # fmt: skip
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

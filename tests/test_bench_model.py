@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,11 +167,11 @@ def cells(rows, bandwidth=20e9):
 def test_a_row_gives_times_ratios_rates_and_the_distance_to_the_limit():
     (row,) = cells([measured("decode-512", [0.4, 0.5, 0.6], [0.8, 1.0, 2.0])])
     assert row["ours, ms: min / median"] == "400.0 / 500.0"
-    assert row["Torch, ms: min / median"] == "800.0 / 1000.0, unsteady after 1"
+    assert row["reference, ms: min / median"] == "800.0 / 1000.0, unsteady after 1"
     assert (row["ratio of min"], row["ratio of median"]) == ("0.50", "0.50")
-    assert (row["ours"], row["Torch"]) == ("10 GB/s", "10 GB/s")
+    assert (row["ours"], row["reference"]) == ("10 GB/s", "10 GB/s")
     assert row["ours over the limit"] == "2.00"  # 4 GB at 20 GB/s are 200 ms
-    assert (row["NMSE ours"], row["NMSE Torch"]) == ("1.0e-03", "0.0e+00")
+    assert (row["NMSE ours"], row["NMSE reference"]) == ("1.0e-03", "0.0e+00")
 
 
 def test_decoding_is_also_told_without_what_the_head_takes():
@@ -180,7 +181,7 @@ def test_decoding_is_also_told_without_what_the_head_takes():
     ]
     less = cells(rows)[-1]
     assert less["case"] == "decode-512, without the head"
-    assert (less["ratio of min"], less["ours"], less["Torch"]) == ("0.75", "10 GB/s", "15 GB/s")
+    assert (less["ratio of min"], less["ours"], less["reference"]) == ("0.75", "10 GB/s", "15 GB/s")
 
 
 def test_the_command_measures_a_small_checkpoint_and_errors_are_small(tmp_path, capfd):
@@ -204,6 +205,18 @@ def test_the_command_measures_a_small_checkpoint_and_errors_are_small(tmp_path, 
         assert 0 < row["errors"]["ours"] < 1e-9, "the sides hold other weights, caches or tokens"
     assert (tmp_path / "ratios.svg").read_text().count("decode-40x2") == 1
     assert np.isfinite(found["machine"]["bandwidth"])
+
+
+def test_a_reference_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    from bench_kit.sessions import LLAMA, Setting
+
+    from kimi_vl.convert import EnvironmentProblem
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "bench_kit.llama_side", raising=False)
+    setting = Setting(tmp_path, tmp_path, False, None, 256, 1, 5, 1.0, ())
+    with pytest.raises(EnvironmentProblem, match=r"there is no llama_cpp; install llama-cpp-python and gguf"):
+        setting.reference(LLAMA)
 
 
 def test_an_error_in_a_measuring_process_comes_back_as_one_sentence(tmp_path):

@@ -12,8 +12,8 @@ from .sessions import OURS, Measured
 from .turns import UNSTEADY
 
 HEADINGS = (
-    "case", "against", "ours, ms: min / median", "Torch, ms: min / median", "ratio of min", "ratio of median",
-    "ours", "Torch", "ours over the limit", "NMSE ours", "NMSE Torch", "Torch's kernels",
+    "case", "against", "ours, ms: min / median", "reference, ms: min / median", "ratio of min", "ratio of median",
+    "ours", "reference", "ours over the limit", "NMSE ours", "NMSE reference", "reference's kernels",
     "others, cores",
 )  # fmt: skip
 
@@ -27,7 +27,7 @@ def table(rows: Sequence[Measured], bandwidth: float) -> Iterator[str]:
 
 
 def ratios(row: Measured) -> tuple[float, float]:
-    """Ours over Torch, of the least and of the median; below 1 is faster than Torch."""
+    """Ours over the reference, of the least and of the median; below 1 is faster."""
     return min(row.ours) / min(row.theirs), statistics.median(row.ours) / statistics.median(row.theirs)
 
 
@@ -96,7 +96,7 @@ def figure(rows: Sequence[Measured], title: str, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="our time over Torch's: below 1 is faster", xlim=(0, None), title=title)
+    axes.set(xlabel="our time over the reference's: below 1 is faster", xlim=(0, None), title=title)
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize="small")
     drawing.savefig(path)

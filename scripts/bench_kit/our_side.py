@@ -54,6 +54,10 @@ class OurSide:
         return cls(MindIRModel.from_bundle(directory))
 
     @property
+    def versions(self) -> dict[str, str]:
+        return {"mindspore": ms.__version__, "numpy": np.__version__}
+
+    @property
     def name(self) -> str:
         if isinstance(self.model, MindIRModel):
             return f"bundle, {self.model.bundle.parameter_dtype or self.config.dtype}"
@@ -147,7 +151,3 @@ class OurSide:
             return None
         (out,) = engine.extend(engine.new_cache(1), [Row(ids)], taps=True)
         return np.sort(np.concatenate(out.router_topk_indices, 1), -1)
-
-
-def versions() -> dict[str, str]:
-    return {"mindspore": ms.__version__, "numpy": np.__version__}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from kimi_vl.convert import EnvironmentProblem
 
 from . import costs
 from .cases import ANSWER, DECODE, HEAD, Case, largest_context, largest_picture
@@ -23,8 +25,26 @@ if TYPE_CHECKING:
     from .torch_side import TorchSide
 
 OURS = "ours"
+LLAMA = "llama.cpp"
 ROUTED = 256  # tokens of the prompt whose routing is compared
 COUNTED = 3  # turns in which a batch's experts are counted
+
+
+class Reference(Protocol):
+    """The other side: Torch, see `torch_side`, or llama.cpp, see `llama_side`."""
+
+    name: str
+    weight_bytes: int  # of a number of the weights
+    cache_bytes: int  # of a number in the cache
+    fills_cache: bool  # whether its cache holds what the case says before a token is decoded
+    versions: dict[str, str]
+
+    def takes(self, case: Case) -> bool: ...
+    def chosen_experts(self, ids: np.ndarray) -> np.ndarray | None: ...
+    def use(self, variant: str) -> None: ...
+    def fastest(self, case: Case, run: Callable[[int], object]) -> dict[str, float]: ...
+    def prepare(self, case: Case) -> Callable[[int], np.ndarray]: ...
+    def experts_in_a_batch(self, run: Callable[[int], np.ndarray], turns: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -42,20 +62,32 @@ class Setting:
     cases: tuple[Case, ...]
 
     def our_side(self) -> OurSide:
-        from kimi_vl.modeling.configuration import ModelConfig
-
         from .our_side import OurSide
 
         if self.bundle:
             return OurSide.of_bundle(self.ours)
-        config = ModelConfig.from_file(self.ours)
-        context = max(largest_context(self.cases, config), ROUTED)
-        return OurSide.of_network(self.ours, self.kernels, context, largest_picture(self.cases), self.chunk)
+        patches = largest_picture(self.cases)
+        return OurSide.of_network(self.ours, self.kernels, self.context(), patches, self.chunk)
 
-    def torch_side(self, dtype: str) -> TorchSide:
+    def reference(self, name: str) -> Reference:
+        """Torch in the dtype of this name, or llama.cpp."""
+        if name == LLAMA:
+            try:
+                from .llama_side import LlamaSide
+            except ModuleNotFoundError as e:
+                raise EnvironmentProblem(
+                    f"--reference {LLAMA}: there is no {e.name}; install llama-cpp-python and gguf"
+                ) from None
+            return LlamaSide(self.published, self.context(), self.threads)
         from .torch_side import TorchSide
 
-        return TorchSide(self.published, dtype)
+        return TorchSide(self.published, name)
+
+    def context(self) -> int:
+        """Tokens of the largest cache."""
+        from kimi_vl.modeling.configuration import ModelConfig
+
+        return max(largest_context(self.cases, ModelConfig.from_file(self.published)), ROUTED)
 
     def confine(self) -> None:
         """This process and its threads to `threads` processors, whatever an engine takes for its number of threads."""
@@ -74,6 +106,12 @@ class Machine:
     bandwidth: float
     versions: dict[str, str]
     ours: str
+
+    def joined(self, other: Machine) -> Machine:
+        """The larger bandwidth: less is what others left of it."""
+        return replace(
+            self, bandwidth=max(self.bandwidth, other.bandwidth), versions=self.versions | other.versions
+        )
 
 
 @dataclass(frozen=True)
@@ -122,25 +160,26 @@ class Measured:
         return steadiness(self.theirs)
 
 
-def compare(setting: Setting, dtype: str, exact: dict[str, np.ndarray]) -> Iterator[Any]:
-    """Both sides take turns in all cases; the reference is Torch in `dtype`.
+def compare(setting: Setting, name: str, exact: dict[str, np.ndarray]) -> Iterator[Any]:
+    """Both sides take turns in all cases; the reference is the one called `name`.
 
     Args:
         exact: what Torch in fp32 gave, by case.
 
     Yields:
-        Machine, RoutingFound, then of each case (name, results of turn 0) and its Measured.
+        Machine, of Torch RoutingFound, then of each case that the reference takes (name, results of turn 0) and its
+        Measured, and Machine again.
     """
     setting.confine()
     setting.set_torch_threads()
     bandwidth = read_bandwidth(setting.threads)
     ours = setting.our_side()
-    theirs = setting.torch_side(dtype)
-    from . import our_side, torch_side
-
-    yield Machine(bandwidth, our_side.versions() | torch_side.versions(), ours.name)
-    yield _routing(ours, theirs)  # also touches most of the weights of both
-    for case in setting.cases:
+    theirs = setting.reference(name)
+    machine = Machine(bandwidth, ours.versions | theirs.versions, ours.name)
+    yield machine
+    if routing := _routing(ours, theirs):  # also touches most of the weights of both
+        yield routing
+    for case in filter(theirs.takes, setting.cases):
         if case.kind == ANSWER:
             yield from _answer(setting, case, ours, theirs)
             continue
@@ -151,15 +190,21 @@ def compare(setting: Setting, dtype: str, exact: dict[str, np.ndarray]) -> Itera
         variants = theirs.fastest(case, reference)
         results = reference(0)
         yield str(case), results
-        true = results if dtype == "fp32" else exact.get(str(case))
-        errors = {OURS: mine, theirs.name: results}
+        true = results if name == "fp32" else exact.get(str(case))
+        errors = {OURS: mine}
+        if theirs.fills_cache or not case.cached:
+            errors[theirs.name] = results
         turns = _turns(setting, timed(run), timed(reference), theirs.name)
         work, our_work = _work(case, ours, theirs, reference)
         yield Measured(
-            case, "", theirs.name, str(next(iter(variants))), {str(v): s for v, s in variants.items()}, first,
+            case, "", theirs.name, next(iter(variants)), variants, first,
             turns.times[OURS][""], turns.times[theirs.name][""], turns.attempts, turns.others,
             {side: None if true is None else nmse(got, true) for side, got in errors.items()}, work, our_work,
         )  # fmt: skip
+
+    yield replace(
+        machine, bandwidth=read_bandwidth(setting.threads)
+    )  # once more, where others worked at first
 
 
 def _turns(setting: Setting, run: Any, reference: Any, name: str) -> Turns:
@@ -181,12 +226,12 @@ def _answer(setting: Setting, case: Case, ours: OurSide, theirs: TorchSide) -> I
     )
     for part in parts:
         yield Measured(
-            case, part, theirs.name, str(next(iter(variants))), {str(v): s for v, s in variants.items()}, first,
+            case, part, theirs.name, next(iter(variants)), variants, first,
             turns.times[OURS][part], turns.times[theirs.name][part], turns.attempts, turns.others,
         )  # fmt: skip
 
 
-def _work(case: Case, ours: OurSide, theirs: TorchSide, reference: Any) -> tuple[float, float]:
+def _work(case: Case, ours: OurSide, theirs: Reference, reference: Any) -> tuple[float, float]:
     """Bytes or operations of the reference and of our side."""
     config = ours.config
     if case.kind not in (DECODE, HEAD):
@@ -194,17 +239,19 @@ def _work(case: Case, ours: OurSide, theirs: TorchSide, reference: Any) -> tuple
         return both, both
     experts = theirs.experts_in_a_batch(reference, COUNTED) if case.kind == DECODE else 0.0
     return (
-        costs.bytes_read(config, case, experts, theirs.weight_bytes, theirs.weight_bytes),
+        costs.bytes_read(config, case, experts, theirs.weight_bytes, theirs.cache_bytes),
         costs.bytes_read(config, case, experts, ours.weight_bytes, ours.cache_bytes),
     )
 
 
-def _routing(ours: OurSide, theirs: TorchSide) -> RoutingFound:
+def _routing(ours: OurSide, theirs: Reference) -> RoutingFound | None:
     config = ours.config
     ids = Case("prefill", min(ROUTED, ours.model.engine.max_context)).tokens(config, 0)[0]
     if not config.text.moe_layers:
         return RoutingFound([], None)
     chosen, mine = theirs.chosen_experts(ids), ours.chosen_experts(ids)
+    if chosen is None:
+        return None
     loads = [np.bincount(layer.ravel(), minlength=config.text.n_routed_experts) for layer in chosen]
     common = None
     if mine is not None:
@@ -222,7 +269,7 @@ class Alone:
 
 
 def alone(setting: Setting, side: str, variants: dict[str, str]) -> Iterator[Alone]:
-    """Runs each case once on one side, "ours" or Torch's dtype. Yields one Alone.
+    """Runs each case once on one side, "ours" or a reference. Yields one Alone.
 
     Args:
         variants: of the cases, the reference's implementations to use.
@@ -239,12 +286,10 @@ def alone(setting: Setting, side: str, variants: dict[str, str]) -> Iterator[Alo
         yield loaded
         return
     setting.set_torch_threads()
-    from .torch_side import Variant
-
     start = time.perf_counter()
-    theirs = setting.torch_side(side)
+    theirs = setting.reference(side)
     loaded = Alone(theirs.name, time.perf_counter() - start)
-    for case in setting.cases:
-        theirs.use(Variant(*variants[str(case)].split(", ")))
+    for case in filter(theirs.takes, setting.cases):
+        theirs.use(variants[str(case)])
         (theirs.answer(case) if case.kind == ANSWER else theirs.prepare(case))(0)
     yield loaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +28,6 @@ SLOW = 2.0  # seconds; what takes longer is tried once
 MARGIN = 1.2  # of a network's weights has to be free
 
 Run = Callable[[int], np.ndarray]
-
-
-class Variant(NamedTuple):
-    """transformers' names for its implementations of attention and experts."""
-
-    attention: str
-    experts: str
-
-    def __str__(self) -> str:
-        return f"{self.attention}, {self.experts}"
 
 
 class TorchSide:
@@ -67,27 +57,37 @@ class TorchSide:
         )
         self.oracle = Oracle(network, self.config)
         self.network: Any = network
-        self.weight_bytes = DTYPES[dtype].itemsize
+        self.weight_bytes = self.cache_bytes = DTYPES[dtype].itemsize
         self.name = f"Torch {dtype}"
+        self.fills_cache = True
 
-    def use(self, variant: Variant) -> None:
-        self.network.set_attn_implementation(variant.attention)
+    def takes(self, case: Case) -> bool:
+        return True
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+    def use(self, variant: str) -> None:
+        """transformers' names for its implementations of attention and experts, "sdpa, eager"."""
+        attention, experts = variant.split(", ")
+        self.network.set_attn_implementation(attention)
         # The whole, which has no experts of its own, would refuse "grouped_mm".
-        self.network.model.language_model.set_experts_implementation(variant.experts)
+        self.network.model.language_model.set_experts_implementation(experts)
 
-    def variants(self, case: Case) -> list[Variant]:
+    def variants(self, case: Case) -> list[str]:
         """What may be fastest for a case."""
         tokens = case.size if case.kind == VISION else case.fed
         pairs = tokens * case.size
         attentions = ["sdpa", *(["eager"] if pairs <= EAGER_PAIRS else [])]
         experts = ["grouped_mm", "eager", *(["batched_mm"] if case.batch * tokens <= BATCHED_ROWS else [])]
         if case.kind == HEAD:
-            return [Variant("sdpa", "grouped_mm")]
+            return ["sdpa, grouped_mm"]
         if case.kind == VISION:
             experts = experts[:1]
-        return [Variant(a, e) for a in attentions for e in experts]
+        return [f"{a}, {e}" for a in attentions for e in experts]
 
-    def fastest(self, case: Case, run: Callable[[int], object]) -> dict[Variant, float]:
+    def fastest(self, case: Case, run: Callable[[int], object]) -> dict[str, float]:
         """Seconds of each choice, the fastest first, which is in use from now on."""
         seconds = {}
         for variant in self.variants(case):
@@ -187,7 +187,7 @@ class TorchSide:
         return np.stack([indices.sort(-1).values.numpy() for _, indices, _ in recorder.routers])
 
     def experts_in_a_batch(self, run: Run, turns: int) -> float:
-        """Different experts that a prepared case's tokens choose in a layer, on average over layers and turns."""
+        """Different experts that a prepared decode case's tokens choose in a layer, on average over layers and turns."""
         counts = []
         for turn in range(turns):
             with self.oracle.recorder() as recorder:
@@ -206,7 +206,3 @@ def _trials(run: Callable[[int], object]) -> Iterator[float]:
             yield seconds
         if seconds > SLOW:
             return
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
