@@ -41,7 +41,7 @@ def untraced(monkeypatch):
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16", "amx"])
-def isa(request):
+def isa(request, rounding):
     """An instruction set that the C++ operators use during the test; skipped where the machine lacks it."""
     import native
 
@@ -53,11 +53,22 @@ def isa(request):
     library.kimi_set_isa(before)
 
 
+def _exactly(exact: bool):
+    import native
+
+    before = native.library().kimi_exact()
+    native.library().kimi_set_exact(exact)
+    yield
+    native.library().kimi_set_exact(before)
+
+
 @pytest.fixture
 def exact():
     """The C++ operators round no input during the test."""
-    import native
+    yield from _exactly(True)
 
-    native.library().kimi_set_exact(1)
-    yield
-    native.library().kimi_set_exact(0)
+
+@pytest.fixture
+def rounding():
+    """The C++ operators round their inputs during the test, as they do by default."""
+    yield from _exactly(False)

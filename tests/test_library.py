@@ -51,12 +51,11 @@ def test_settings_are_kept_and_bad_ones_refused() -> None:
 
 @built
 def test_exact_arithmetic_does_not_round() -> None:
-    assert library.rounds() or library.isa() not in ("avx512_bf16", "amx")
-    library.set_exact(True)
-    try:
-        assert not library.rounds()
-    finally:
-        library.set_exact(False)
+    with library.exactly(False):
+        assert library.rounds() == library.can_round() == (library.isa() in ("avx512_bf16", "amx"))
+        with library.exactly(True):
+            assert not library.rounds()
+        assert library.rounds() == library.can_round()
 
 
 @built

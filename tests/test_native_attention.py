@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from native import BF16, F32, I32, ROUNDED, SAME_ROUNDING, Numbers, array, call, check, run, same_bits
 
+pytestmark = pytest.mark.usefixtures("rounding")
+
 BLOCK = 512  # keys of a block of scores: beyond it, a row's largest score may change while its sums are kept
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from native import F32, I32, Numbers, array, call, expected, outputs_of, run, same_bits
 
+pytestmark = pytest.mark.usefixtures("rounding")
+
 EPS = array(1e-5)
 TOKENS, MANY = 5, 37  # rows: few, which are read in fp32, and many
 CASES = list(itertools.product((TOKENS, MANY), native.WEIGHTS))

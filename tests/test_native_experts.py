@@ -12,6 +12,8 @@ from native import BF16, F32, FP32, I32, ROUNDED, SAME_ROUNDING, Numbers, array,
 from kimi_vl.modeling.configuration import TextConfig
 from kimi_vl.modeling.kernels import plain
 
+pytestmark = pytest.mark.usefixtures("rounding")
+
 TOKENS = (1, 2, 3, 5, 8, 9, 40)
 
 

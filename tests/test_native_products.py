@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from native import BF16, F32, ROUNDED, Numbers, check
 
+pytestmark = pytest.mark.usefixtures("rounding")
+
 FEW, MANY = (1, 2, 3, 4, 5, 8), (9, 33, 70)  # rows: read row by row in fp32, or multiplied by oneDNN
 
 # [out, in]: multiples of every vector's width, and tails of one to fifteen numbers in both

@@ -29,6 +29,7 @@ SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_isa": (ctypes.c_int, (ctypes.c_char_p,)),
     "onednn": (ctypes.c_char_p, ()),
     "can_round": (ctypes.c_int, ()),
+    "rounds": (ctypes.c_int, ()),
     "exact": (ctypes.c_int, ()),
     "set_exact": (None, (ctypes.c_int,)),
 }
@@ -108,6 +109,11 @@ def can_round() -> bool:
     weights are bf16, unless :func:`set_exact` forbids it.
     """
     return bool(_library().kimi_can_round())
+
+
+def rounds() -> bool:
+    """Whether they do so now."""
+    return bool(_library().kimi_rounds())
 
 
 def set_exact(exact: bool) -> None:

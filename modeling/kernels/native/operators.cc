@@ -397,5 +397,6 @@ SETTING const char *kimi_isa() { return isa().name; }
 SETTING int kimi_set_isa(const char *name) { return set_isa(name); }
 SETTING const char *kimi_onednn() { return onednn::description(); }
 SETTING int kimi_can_round() { return can_round(); }
+SETTING int kimi_rounds() { return rounds(); }
 SETTING int kimi_exact() { return is_exact(); }
 SETTING void kimi_set_exact(int exact) { set_exact(exact != 0); }
