@@ -6,15 +6,19 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 from golden import DATA
 
 from kimi_vl.convert import convert
 from kimi_vl.convert.manifest import content_hash
 from kimi_vl.export import export, plan_export
 from kimi_vl.export.plan import open_converted
+from kimi_vl.modeling.kernels import library
 
 # Golden pictures have at most 64 patches, golden sequences at most 253 tokens: over two contexts and several chunks.
 SIZES: dict[str, dict[str, Any]] = {
@@ -36,17 +40,27 @@ def converted(checkpoint: str) -> Path:
     return path
 
 
+@contextmanager
+def plain_graphs() -> Iterator[None]:
+    """CPU bundles that are planned meanwhile call no library, as where none was built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(library.SWITCH, "off")
+        yield
+
+
 @functools.cache
-def bundle(checkpoint: str) -> Path:
-    """The bundle of a golden checkpoint, in `SIZES`; not to be changed."""
-    path = Path(_room().name) / f"mindir-{checkpoint}"
-    export(plan_export(open_converted(converted(checkpoint)), target="cpu", **SIZES[checkpoint]), path)
+def bundle(checkpoint: str, operators: bool = True) -> Path:
+    """The CPU bundle of a golden checkpoint, in `SIZES`; not to be changed. It calls the C++ `operators`, or is plain."""
+    path = Path(_room().name) / f"mindir-{checkpoint}-{'operators' if operators else 'plain'}"
+    with nullcontext() if operators else plain_graphs():
+        made = plan_export(open_converted(converted(checkpoint)), target="cpu", **SIZES[checkpoint])
+    export(made, path)
     return path
 
 
-def copy(checkpoint: str, path: Path) -> Path:
+def copy(checkpoint: str, path: Path, operators: bool = True) -> Path:
     """A bundle that may be damaged."""
-    return Path(shutil.copytree(bundle(checkpoint), path))
+    return Path(shutil.copytree(bundle(checkpoint, operators), path))
 
 
 def edit(directory: Path, change: Any) -> None:

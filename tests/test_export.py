@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -28,21 +29,20 @@ from kimi_vl.export import (
     writing,
 )
 from kimi_vl.export.bundle import Bundle
-from kimi_vl.export.plan import TARGETS, open_converted
+from kimi_vl.export.plan import open_converted
 from kimi_vl.export.trace import Tracer
 from kimi_vl.export.weights import SharedWeights
 from kimi_vl.modeling import running
 from kimi_vl.modeling.buckets import TooLongError
+from kimi_vl.modeling.kernels import library
 from kimi_vl.modeling.modeling_kimi_vl import _has_data
 
 BF16, FP32 = "tiny8-bf16", "tiny8-fp32"
-MODELS: dict[str, MindIRModel] = {}
 
 
-def loaded(checkpoint: str) -> MindIRModel:
-    if checkpoint not in MODELS:
-        MODELS[checkpoint] = MindIRModel.from_bundle(bundles.bundle(checkpoint), verify=True)
-    return MODELS[checkpoint]
+@functools.cache
+def loaded(checkpoint: str, operators: bool = True) -> MindIRModel:
+    return MindIRModel.from_bundle(bundles.bundle(checkpoint, operators), verify=True)
 
 
 def plan(checkpoint: str, **changes):
@@ -119,20 +119,21 @@ def test_weights_that_are_widened_anyway_may_be_called_fp32():
 
 def test_tracing_holds_no_weight_and_taps_change_nothing_else():
     directory, made = bundles.bundle(BF16), plan(BF16, taps=False)
-    tracer = Tracer(made.config, TARGETS["cpu"], 1)
+    tracer = Tracer(made.config, made.target, 1, made.weights.dtype)
     for graph in (g for g in made.graphs if g.name in ("vision-64", "decode-128")):
         model = tracer.trace(graph)
         assert not any(p.raw_data for p in model.graph.parameter)
-        # there it was cut out of the graph with taps
-        assert mindir.serialise(model) == (directory / f"{graph.name}.mindir").read_bytes()
+        written = directory / f"{graph.name}.mindir"  # there it was cut out of the graph with taps
+        mindir.point_at(model, mindir.pointing(mindir.read(written)))
+        assert mindir.serialise(model) == written.read_bytes()
         assert mindir.outputs(model) == list(graph.outputs.values())
     for cell in (tracer.vision_tower, tracer.projector, tracer.language_model):
         assert not any(_has_data(p) for p in cell.get_parameters())
 
 
-def test_graphs_have_no_large_constants_and_only_graphs_of_fp32_weights_point_at_them():
-    for checkpoint, external in ((BF16, False), (FP32, True)):
-        directory = bundles.bundle(checkpoint)
+def test_graphs_have_no_large_constants_and_point_at_weights_that_they_take_as_stored():
+    for checkpoint, operators, external in ((BF16, True, True), (BF16, False, False), (FP32, False, True)):
+        directory = bundles.bundle(checkpoint, operators)
         manifest = Bundle.load(directory)
         for graph in manifest.graphs.values():
             model = mindir.read(directory / graph.file)
@@ -149,8 +150,9 @@ def test_graphs_have_no_large_constants_and_only_graphs_of_fp32_weights_point_at
 
 def test_no_weight_is_copied_before_its_layer_runs():
     """The CPU's Reshape copies a parameter, and what waits for nothing runs, and stays, from the start."""
-    for graph in Bundle.load(bundles.bundle(FP32)).graphs.values():
-        model = mindir.read(bundles.bundle(FP32) / graph.file)
+    directory = bundles.bundle(FP32, operators=False)
+    for graph in Bundle.load(directory).graphs.values():
+        model = mindir.read(directory / graph.file)
         weights = {p.name for p in model.graph.parameter}
         weights |= {
             n.output[0] for n in model.graph.node if lint.operator(n) == "Load" and n.input[0] in weights
@@ -265,6 +267,29 @@ def test_a_reloaded_bundle_equals_torch(checkpoint, name):
     check_cache(model, case)
 
 
+@pytest.mark.parametrize("checkpoint, name", [(BF16, "images2"), (BF16, "long"), (FP32, "batch")])
+def test_so_does_one_of_plain_graphs(checkpoint, name):
+    model, case = loaded(checkpoint, operators=False), load_case(checkpoint, name)
+    check_case(model, case, taps=model.bundle.taps)
+    check_cache(model, case)
+
+
+def test_a_bundle_knows_no_file_of_the_machine_that_made_it():
+    directory = bundles.bundle(BF16)
+    assert Bundle.load(directory).kernels == "cpu"
+    for file in directory.iterdir():
+        assert str(library.path().parent).encode() not in file.read_bytes(), file.name
+
+
+def test_a_bundle_that_calls_operators_is_refused_where_there_are_none(monkeypatch):
+    monkeypatch.setattr(library, "why_not", lambda: "not built here; install a compiler")
+    with pytest.raises(
+        BundleError, match="call the library of CPU operators, which is not built here; install a"
+    ):
+        MindIRModel.from_bundle(bundles.bundle(BF16))
+    MindIRModel.from_bundle(bundles.bundle(BF16, operators=False))
+
+
 def test_the_mode_of_the_caller_does_not_matter_and_stays():
     model, case = loaded(FP32), load_case(FP32, "text")
     before = ms.get_context("mode")
@@ -288,17 +313,17 @@ def test_a_bundle_stands_alone(tmp_path):
 
 
 def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
-    for checkpoint in (BF16, FP32):
-        model, case = loaded(checkpoint), load_case(checkpoint, "text")
+    for checkpoint, operators, mapped in ((BF16, True, True), (BF16, False, False), (FP32, True, True)):
+        model, case = loaded(checkpoint, operators), load_case(checkpoint, "text")
         model.generate(**inputs(case), max_new_tokens=2)
         graphs = list(model.engine.graphs._graphs.values())
         assert len(graphs) >= 2
         name = "language_model.lm_head.weight"
-        held = model.weights.tensor(name).asnumpy()
+        held = model.weights.tensor(name).data_ptr()
         for graph in graphs:
             parameter = graph._cell.parameters_dict().get(name)
-            assert parameter is None or np.shares_memory(parameter.asnumpy(), held)
-        assert np.shares_memory(held, model.weights._stored(name)) == (checkpoint == FP32)
+            assert parameter is None or parameter.data_ptr() == held
+        assert (held == model.weights._stored(name).ctypes.data) == mapped
 
 
 def test_each_weight_is_brought_to_a_device_once(monkeypatch):
@@ -310,9 +335,12 @@ def test_each_weight_is_brought_to_a_device_once(monkeypatch):
     assert len(brought) == len(model.bundle.weights)
 
 
-@pytest.mark.parametrize("checkpoint, widened", [(BF16, True), (FP32, False)])
-def test_what_is_widened_is_not_held_as_stored_too(checkpoint, widened, monkeypatch):
-    weights = SharedWeights(bundles.bundle(checkpoint), Bundle.load(bundles.bundle(checkpoint)))
+@pytest.mark.parametrize(
+    "checkpoint, operators, widened", [(BF16, False, True), (BF16, True, False), (FP32, True, False)]
+)
+def test_what_is_widened_is_not_held_as_stored_too(checkpoint, operators, widened, monkeypatch):
+    directory = bundles.bundle(checkpoint, operators)
+    weights = SharedWeights(directory, Bundle.load(directory))
     forgotten: list[str] = []
     monkeypatch.setattr(SafetensorsFile, "forget", lambda _, name: forgotten.append(name))
     weights.tensor("language_model.lm_head.weight")
@@ -321,7 +349,7 @@ def test_what_is_widened_is_not_held_as_stored_too(checkpoint, widened, monkeypa
 
 
 def test_plain_mindspore_loads_a_graph_of_fp32_weights():
-    directory, model = bundles.bundle(FP32), loaded(FP32)
+    directory, model = bundles.bundle(FP32, operators=False), loaded(FP32, operators=False)
     record = model.bundle.graphs["vision-64"]
     cell = nn.GraphCell(ms.load(str(directory / record.file)))
     rng = np.random.default_rng(0)
@@ -395,7 +423,8 @@ def point_wrongly(directory: Path, **changes: int) -> None:
 
 
 def graph_of_another(directory: Path, manifest_too: bool = False) -> None:
-    shutil.copyfile(bundles.bundle(BF16) / "decode-256.mindir", directory / "decode-256.mindir")
+    other = bundles.bundle(BF16, operators=False)
+    shutil.copyfile(other / "decode-256.mindir", directory / "decode-256.mindir")
     if manifest_too:
         bundles.edit(directory, lambda m: None)
 
@@ -515,7 +544,9 @@ def test_damage_is_named_before_a_graph_runs(damage, tmp_path):
 
 
 def test_a_parameter_that_no_shard_has_is_named(tmp_path):
-    directory = bundles.copy(BF16, tmp_path / "mindir")  # its graphs point at no data of their own
+    directory = bundles.copy(
+        BF16, tmp_path / "mindir", operators=False
+    )  # its graphs point at no data of their own
     bundles.edit(directory, drop_weight)
     case = load_case(BF16, "image")
     with pytest.raises(BundleError, match=r"vision-64.mindir: .*linear_1.bias has no data in the bundle"):

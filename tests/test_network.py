@@ -33,9 +33,20 @@ def model(models):
     return models["tiny8-bf16"]
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """Without the C++ operators, as where they were not built."""
+    return load(kernels="plain")
+
+
 @pytest.mark.parametrize(("checkpoint", "name"), CASES)
 def test_equals_the_reference_on(models, checkpoint, name):
     check_case(models[checkpoint], load_case(checkpoint, name))
+
+
+@pytest.mark.parametrize("name", ["images2", "long", "batch"])
+def test_so_do_plain_operators_on(plain, name):
+    check_case(plain, load_case("tiny8-bf16", name))
 
 
 @pytest.mark.parametrize("name", ["batch", "images2"])
@@ -214,13 +225,21 @@ def test_labels_give_the_reference_loss(model):
     assert abs(loss - want.item()) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_weights_are_rounded_then_widened(dtype, caplog):
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "held"),
+    [
+        ("plain", "bfloat16", "float32"),
+        ("plain", "float16", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("cpu", "float16", "float32"),
+    ],
+)
+def test_low_precision_weights_are_rounded_and_held_as_operators_take_them(kernels, dtype, held, caplog):
     import ml_dtypes
 
     with caplog.at_level(logging.INFO):
-        model = load("tiny8-fp32", mindspore_dtype=getattr(ms, dtype))
-    assert caplog.text.count("widened to fp32") == 1
+        model = load("tiny8-fp32", mindspore_dtype=getattr(ms, dtype), kernels=kernels)
+    assert caplog.text.count("widened to fp32") == (held == "float32")
     assert model.dtype == getattr(ms, dtype)
     full = load("tiny8-fp32").parameters_dict()
     narrow = getattr(ml_dtypes, dtype, None) or np.dtype(dtype)
@@ -228,7 +247,8 @@ def test_low_precision_weights_are_rounded_then_widened(dtype, caplog):
         want = full[name].asnumpy()
         if "mlp.gate." not in name:
             want = want.astype(narrow).astype(np.float32)
-        assert np.array_equal(p.asnumpy(), want), name
+            assert p.dtype == getattr(ms, held), name
+        assert np.array_equal(model.array(name), want), name
 
 
 def test_a_forward_runs_in_either_mode(model):
