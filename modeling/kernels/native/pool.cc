@@ -6,9 +6,11 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace kimi {
@@ -65,11 +67,17 @@ class Pool {
     if (sleeping_.load() > 0) wake_.notify_all();
     take(0);
     while (busy_.load(std::memory_order_acquire) > 0) relax();
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
   void take(int thread) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) (*work_)(i, thread);
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) (*work_)(i, thread);
+    } catch (...) {  // for the caller, when no thread works for it any more
+      std::lock_guard<std::mutex> lock(mutex_);
+      failure_ = std::current_exception();
+    }
   }
 
   void serve(int thread) {
@@ -105,6 +113,7 @@ class Pool {
   std::atomic<int64_t> next_{0};
   int64_t units_ = 0;
   const std::function<void(int64_t, int)> *work_ = nullptr;
+  std::exception_ptr failure_;
   bool stop_ = false;
 };
 
