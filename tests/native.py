@@ -15,7 +15,7 @@ import pytest
 
 F32, I32, BF16 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(ml_dtypes.bfloat16)
 WEIGHTS = (F32, BF16)
-DONE, BAD_SHAPE, BAD_INDEX = 0, 1, 2  # what an operator returns
+DONE, BAD_SHAPE, BAD_INDEX, NO_MEMORY = 0, 1, 2, 3  # what an operator returns
 
 # Relative L2 errors that the arithmetic allows. fp32: numbers are rounded by at most 2^-24, and a sum of n of them, one
 # after another, is off by about sqrt(n) / 4 such roundings; here n goes up to 736, in two products in a row.

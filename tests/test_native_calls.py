@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import native
 import numpy as np
@@ -165,6 +169,35 @@ def test_no_rows_give_no_rows(name, dtype):
     outputs = [((0, *s[1:]), d) for s, d in outputs_of(expected(name, *inputs, **options))]
     status, results = call(name, none, outputs)
     assert status == native.DONE and all(y.size == 0 for y in results)
+
+
+# No memory ----------------------------------------------------------------------------------------------------------
+
+WITHOUT_MEMORY = """
+import resource
+import numpy as np
+import native
+native.library().kimi_set_threads(2)
+native.run("gelu_tanh", np.ones((100, 1000), np.float32))  # the threads are there
+q = np.ones((300_000, 2, 64), np.float32)  # 77 MB for a head: a thread may hold 64 in reserve
+arrays = [q, q, q, native.array(64, dtype=native.I32), np.empty((300_000, 128), np.float32)]
+arguments, _alive = native.pointers(arrays, [a.shape for a in arrays], [str(a.dtype).encode() for a in arrays])
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), -1))
+print([native.library().kimi_vision_attention(*arguments, None, None) for _ in range(3)])
+"""
+
+
+def test_where_memory_is_missing_the_operator_says_so_and_the_program_goes_on():
+    """Of the threads that share the work, too."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "KIMI_VL_TEST_ONEDNN": "0", "KIMI_VL_TEST_LIBRARY": str(native.path())},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == f"{[native.NO_MEMORY] * 3}\n", result.stderr
 
 
 # The same bits ------------------------------------------------------------------------------------------------------
