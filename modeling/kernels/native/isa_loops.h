@@ -12,8 +12,6 @@ typedef uint16_t vh_any __attribute__((vector_size(2 * WIDTH), aligned(2), may_a
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
 
-constexpr int kAhead = 512;  // bytes that weights are asked for in advance; 256 to 4096 measured much alike
-
 INLINE vf load(const float *p) { return *reinterpret_cast<const vf_any *>(p); }
 INLINE vf load(const bf16 *p) {
   const vh h = *reinterpret_cast<const vh_any *>(p);
@@ -36,11 +34,12 @@ INLINE float sum(vf x) {
     for (int i = 0; i < width; ++i) y[i] += y[i + width];
   return y[0];
 }
-INLINE void ahead(const char *p) { __builtin_prefetch(p + kAhead); }
+INLINE void ahead(const char *p) { __builtin_prefetch(p); }
 
 // Dot products -------------------------------------------------------------------------------------------------------
 
-// TR rows of x with NR rows of w at once; where that makes few sums, each is split, so that an addition need not wait.
+// TR rows of x with NR rows of w at once, while the next NR rows are asked for: at the published width a row is a page of
+// memory, whose address has to be found first. Where that makes few sums, each is split, so that no addition has to wait.
 template <class W, int TR, int NR>
 INLINE void dot_tile(int64_t k, const float *x, int64_t ldx, const W *w, int64_t ldw, float *y, int64_t ldy,
                      bool accumulate) {
@@ -58,7 +57,7 @@ INLINE void dot_tile(int64_t k, const float *x, int64_t ldx, const W *w, int64_t
     }
     for (int n = 0; n < NR; ++n)
       for (int64_t line = 0; line < int64_t(U * WIDTH * sizeof(W)); line += 64)
-        ahead(reinterpret_cast<const char *>(w + n * ldw + i) + line);
+        ahead(reinterpret_cast<const char *>(w + (n + NR) * ldw + i) + line);
   }
   for (int t = 0; t < TR; ++t)
     for (int n = 0; n < NR; ++n) {
