@@ -19,6 +19,8 @@ from kimi_vl.modeling.graphs import HeadGraph
 
 from .cases import ANSWER, DECODE, HEAD, NEW_TOKENS, PREFILL, VISION, Case, Clock
 
+HEAD_WEIGHT = "language_model.lm_head.weight"
+
 Run = Callable[[int], np.ndarray]
 
 
@@ -60,18 +62,22 @@ class OurSide:
     @property
     def name(self) -> str:
         if isinstance(self.model, MindIRModel):
-            return f"bundle, {self.model.bundle.parameter_dtype or self.config.dtype}"
+            return f"bundle, weights in {self._held}"
         kernels = self.model.kernels.__name__.rpartition(".")[2]
-        return f"{kernels} kernels, weights in {running.name(self.model.held_dtype)}"
+        return f"{kernels} kernels, weights in {self._held}"
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of a number of the weights as they are read."""
+        return running.NUMPY[self._held].itemsize
+
+    @property
+    def _held(self) -> str:
+        """The dtype of the weights in memory."""
         if isinstance(self.model, MindIRModel):
-            name = self.model.bundle.parameter_dtype or self.config.dtype
-        else:
-            name = running.name(self.model.held_dtype)
-        return running.NUMPY[name].itemsize
+            bundle = self.model.bundle
+            return bundle.parameter_dtype or bundle.weights[HEAD_WEIGHT].dtype
+        return running.name(self.model.parameters_dict()[HEAD_WEIGHT].dtype)
 
     @property
     def cache_bytes(self) -> int:
@@ -118,7 +124,7 @@ class OurSide:
         if self._head is None:
             self.model.check_weights()
             self._head = running.prepared(HeadGraph(self.model.language_model))
-        dtypes = {"embeds": running.name(self.model.held_dtype)}
+        dtypes = {"embeds": running.name(self.model.activation_dtype)}
         return lambda turn: running.run_cell(self._head, dtypes, {"embeds": case.hidden(self.config, turn)})[
             0
         ][0]
