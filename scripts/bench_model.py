@@ -19,8 +19,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,40 +53,42 @@ def checkpoints(directory: Path, dtype: str, layers: int, vision_layers: int) ->
     return published, converted
 
 
-def measure(
-    setting: Setting, references: Sequence[str]
-) -> tuple[list[Measured], Machine | None, RoutingFound | None]:
+@dataclass
+class Results:
+    """What is known so far: an error later on does not take it away."""
+
+    rows: list[Measured] = field(default_factory=list)
+    machine: Machine | None = None
+    routing: RoutingFound | None = None
+    memory: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(setting: Setting, references: Sequence[str], results: Results) -> None:
     """Each reference in a process of its own: two of them would not fit into memory."""
-    rows: list[Measured] = []
-    machine = routing = None
     exact: dict[str, np.ndarray] = {}
     for dtype in references:
         for found in Fresh(compare, setting, dtype, exact):
             if isinstance(found, Machine):
-                machine = found if machine is None else machine.joined(found)
+                results.machine = found if results.machine is None else results.machine.joined(found)
             elif isinstance(found, RoutingFound):
-                routing = found
+                results.routing = found
             elif isinstance(found, Measured):
-                rows.append(found)
-                say(
-                    f"{found.name}, {found.reference}: {' / '.join(f'{r:.2f}' for r in engine_report.ratios(found))}"
-                )
+                results.rows.append(found)
+                ratios = " / ".join(f"{ratio:.2f}" for ratio in engine_report.ratios(found))
+                say(f"{found.name}, {found.reference}: {ratios}")
             elif dtype == "fp32":
                 exact |= [found]
-    return rows, machine, routing
 
 
-def memory(setting: Setting, references: Sequence[str], rows: Sequence[Measured]) -> list[dict[str, Any]]:
+def measure_memory(setting: Setting, references: Sequence[str], results: Results) -> None:
     """Peaks of each side alone."""
-    found = []
     for side in (OURS, *references):
-        variants = {str(row.case): row.variant for row in rows if row.reference.endswith(side)}
+        variants = {str(row.case): row.variant for row in results.rows if row.reference.endswith(side)}
         process = Fresh(alone, setting, side, variants)
         for result in process:
             assert isinstance(result, Alone)
-            found.append(asdict(result) | process.peaks)
+            results.memory.append(asdict(result) | process.peaks)
             say(f"memory of {result.name}: {process.peaks['RssAnon'] / 1e9:.2f} GB")
-    return found
 
 
 def memory_table(found: Sequence[dict[str, Any]]) -> str:
@@ -170,29 +172,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         published, args.bundle or converted, args.bundle is not None, args.kernels, args.prefill_chunk,
         args.threads, args.rounds, args.budget, cases,
     )  # fmt: skip
-    rows, machine, routing = measure(setting, references)
-    assert machine, "a session begins with it"
-    found = [] if args.no_memory else memory(setting, references, rows)
-
-    title = f"{processor()}, threads: {args.threads}"
-    print(f"{title}, reads {machine.bandwidth / 1e9:.1f} GB/s")
-    print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
-    print(f"ours: {machine.ours}")
-    if routing:
-        print(routing_line(routing))
-    print()
-    print("\n".join(engine_report.table(rows, machine.bandwidth)))
-    if found:
-        print("\n" + memory_table(found))
-    if args.json:
-        whole = {
-            "processor": processor(), "threads": args.threads, "machine": asdict(machine), "routing": routing and asdict(routing),
-            "rows": [asdict(row) for row in rows], "memory": found,
-        }  # fmt: skip
-        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    if args.plot:
-        engine_report.figure(rows, title, args.plot)
+    results = Results()
+    try:
+        measure(setting, references, results)
+        if not args.no_memory:
+            measure_memory(setting, references, results)
+    finally:
+        if results.rows and results.machine:
+            title = f"{processor()}, threads: {args.threads}"
+            print("\n".join(told(title, results, results.machine)))
+            if args.json:
+                args.json.write_text(samples(title, results), encoding="utf-8")
+            if args.plot:
+                engine_report.figure(results.rows, title, args.plot)
     return 0
+
+
+def told(title: str, results: Results, machine: Machine) -> Iterator[str]:
+    yield f"{title}, reads {machine.bandwidth / 1e9:.1f} GB/s"
+    yield ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    yield f"ours: {machine.ours}"
+    if results.routing:
+        yield routing_line(results.routing)
+    yield ""
+    yield from engine_report.table(results.rows, machine.bandwidth)
+    if results.memory:
+        yield "\n" + memory_table(results.memory)
+
+
+def samples(title: str, results: Results) -> str:
+    return json.dumps({"title": title} | asdict(results), indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -207,6 +207,25 @@ def test_the_command_measures_a_small_checkpoint_and_errors_are_small(tmp_path, 
     assert np.isfinite(found["machine"]["bandwidth"])
 
 
+def test_what_was_measured_is_told_though_a_later_reference_failed(tmp_path, monkeypatch, capsys):
+    import bench_model
+    from bench_kit.sessions import Machine
+
+    from kimi_vl.convert import EnvironmentProblem
+
+    def fails_in_the_second(function, setting, dtype, exact):
+        if dtype == "bf16":
+            raise EnvironmentProblem("memory was short")
+        yield from (Machine(1e9, {}, "ours"), measured("decode-512", [0.4], [0.8]))
+
+    monkeypatch.setattr(bench_model, "Fresh", fails_in_the_second)
+    monkeypatch.setattr(bench_model, "checkpoints", lambda *_: (tmp_path, tmp_path))
+    with pytest.raises(EnvironmentProblem, match="memory was short"):
+        bench_model.main(["--dir", str(tmp_path), "--json", str(tmp_path / "samples.json")])
+    assert "| decode-512 | Torch fp32 |" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "samples.json").read_text())["rows"]) == 1
+
+
 def test_a_reference_that_is_not_installed_is_named(tmp_path, monkeypatch):
     from bench_kit.sessions import LLAMA, Setting
 
