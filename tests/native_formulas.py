@@ -128,11 +128,13 @@ def latent_attention(q_nope, q_rope, cache, start, k_b, v_b, *, kept=as_is):
 
 
 def vision_attention(q, k, v, valid, *, kept=as_is):
-    """All patches attend, to the first `valid` ones."""
+    """The first `valid` patches attend to each other; the rest is 0."""
     q, k, v = exactly(q, k, v)
     n = int(valid[0])
-    scores = np.einsum("nhd,mhd->hnm", kept(q / math.sqrt(q.shape[2])), kept(k[:n]))
-    return np.einsum("hnm,mhd->nhd", softmax(scores, kept), kept(v[:n])).reshape(len(q), -1)
+    scores = np.einsum("nhd,mhd->hnm", kept(q[:n] / math.sqrt(q.shape[2])), kept(k[:n]))
+    out = np.zeros((len(q), q.shape[1] * q.shape[2]))
+    out[:n] = np.einsum("hnm,mhd->nhd", softmax(scores, kept), kept(v[:n])).reshape(n, -1)
+    return out
 
 
 vision_attention_rounded = vision_attention

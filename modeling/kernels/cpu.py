@@ -19,7 +19,6 @@ from ..configuration import TextConfig, VisionConfig
 from . import library, plain
 
 Slots = plain.Slots
-CacheWrite = plain.CacheWrite
 cache_shapes = plain.cache_shapes
 
 
@@ -209,6 +208,17 @@ class Experts(nn.Cell):
         return self.experts(x, gate_up, down, indices, weights)
 
 
+class CacheWrite(plain.CacheWrite):
+    """Without a slice where there is one row."""
+
+    def construct(self, caches, rows, slots):
+        if len(slots) == 1:
+            written = (self.write(caches[0], slots[0], rows),)
+        else:
+            written = self.write_rows(caches, rows, slots)
+        return written
+
+
 class Window(nn.Cell):
     """The slot of each row's first token says all."""
 
@@ -233,16 +243,17 @@ class LatentAttention(nn.Cell):
         )
 
     def construct(self, q_nope, q_rope, caches, start, k_b, v_b):
-        tokens = q_nope.shape[0] // len(caches)
-        out = ()
-        for b in range(len(caches)):
-            at = b * tokens
-            q = q_nope[at : at + tokens], q_rope[at : at + tokens]
-            out += (self.attention(q[0], q[1], caches[b], start[b : b + 1], k_b, v_b),)
-        if len(out) > 1:
-            y = ops.concat(out, 0)
+        batch = len(caches)
+        if batch == 1:
+            y = self.attention(q_nope, q_rope, caches[0], start, k_b, v_b)
         else:
-            y = out[0]
+            tokens = q_nope.shape[0] // batch
+            out = ()
+            for b in range(batch):
+                at = b * tokens
+                q = q_nope[at : at + tokens], q_rope[at : at + tokens]
+                out += (self.attention(q[0], q[1], caches[b], start[b : b + 1], k_b, v_b),)
+            y = ops.concat(out, 0)
         return y
 
 

@@ -307,6 +307,9 @@ class CacheWrite(nn.Cell):
         self.write = P.ScatterUpdate()
 
     def construct(self, caches, rows, slots):
+        return self.write_rows(caches, rows, slots)
+
+    def write_rows(self, caches, rows, slots):
         tokens = rows.shape[0] // len(slots)
         written = ()
         for b in range(len(slots)):

@@ -222,9 +222,10 @@ void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const fl
                   float *y) {
   const int64_t ld = heads * dim, padded = rounded_up(valid, kStep);
   const float scale = 1.f / std::sqrt(float(dim));
-  const int64_t per_part = queries_of_part(n, heads), parts = (n + per_part - 1) / per_part;
+  std::fill_n(y + valid * ld, (n - valid) * ld, 0.f);
+  const int64_t per_part = queries_of_part(valid, heads), parts = (valid + per_part - 1) / per_part;
   parallel(heads * parts, [&](int64_t unit, int) {
-    const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, n - first);
+    const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, valid - first);
     auto queries = scratch<E>(rows * dim), keys = scratch<E>(padded * dim), values = scratch<E>(dim * padded);
     auto turned = scratch<float>(dim * kStep), row = scratch<float>(dim);
     for (int64_t at = 0; at < padded; at += kStep) {

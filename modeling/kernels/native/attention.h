@@ -14,8 +14,8 @@ template <class W>
 void latent_attention(const LatentSizes &sizes, int64_t t, int64_t start, const float *q_nope, const float *q_rope,
                       const float *cache, const W *k_b, const W *v_b, float *y);
 
-// Attention of all patches of one image over its first `valid` ones: q, k, v, y [n, heads, dim]. `rounded` as products of
-// bf16 weights are.
+// Attention of the first `valid` patches of one image over each other: q, k, v, y [n, heads, dim]. The others are padding:
+// their y is 0. `rounded` as products of bf16 weights are.
 void vision_attention(int64_t n, int64_t heads, int64_t dim, int64_t valid, const float *q, const float *k,
                       const float *v, bool rounded, float *y);
 

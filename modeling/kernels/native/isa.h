@@ -24,9 +24,11 @@ struct Isa {
   void (*widen)(int64_t n, const bf16 *x, float *y);
   void (*round)(int64_t n, const float *x, bf16 *y);  // to nearest, ties to even
 
-  float (*sum_squares)(int64_t n, const float *x);
+  float (*sum)(int64_t n, const float *x);
+  float (*sum_squares)(int64_t n, float mean, const float *x);  // of x - mean
   void (*add)(int64_t n, const float *x, const float *y, float *z);
   void (*multiply_add)(int64_t n, float a, const float *x, float *y);  // y += a x
+  void (*multiply_add_bf16)(int64_t n, float a, const bf16 *x, float *y);
   void (*scale)(int64_t n, float a, float *x);
   void (*normalise)(int64_t n, const float *x, float mean, float inverse, const float *w, const float *b, float *y);
   void (*rotate)(int64_t half, const float *x, const float *cos, const float *sin, float *y);

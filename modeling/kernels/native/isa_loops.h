@@ -266,16 +266,27 @@ static void round(int64_t n, const float *x, bf16 *y) {
     y[i].bits = v.f == v.f ? uint16_t((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16) : uint16_t(v.u >> 16 | 0x40);
   }
 }
-static float sum_squares(int64_t n, const float *x) {
+static float sum_of(int64_t n, const float *x) {
   vf a = {}, b = {};
   int64_t i = 0;
   for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
-    const vf u = load(x + i), v = load(x + i + WIDTH);
+    a += load(x + i);
+    b += load(x + i + WIDTH);
+  }
+  float rest = 0;
+  for (; i < n; ++i) rest += x[i];
+  return sum(a + b) + rest;
+}
+static float sum_squares(int64_t n, float mean, const float *x) {
+  vf a = {}, b = {};
+  int64_t i = 0;
+  for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+    const vf u = load(x + i) - mean, v = load(x + i + WIDTH) - mean;
     a += u * u;
     b += v * v;
   }
   float rest = 0;
-  for (; i < n; ++i) rest += x[i] * x[i];
+  for (; i < n; ++i) rest += (x[i] - mean) * (x[i] - mean);
   return sum(a + b) + rest;
 }
 static void add(int64_t n, const float *x, const float *y, float *z) {
@@ -283,18 +294,26 @@ static void add(int64_t n, const float *x, const float *y, float *z) {
   for (; i + WIDTH <= n; i += WIDTH) store(z + i, load(x + i) + load(y + i));
   for (; i < n; ++i) z[i] = x[i] + y[i];
 }
-static void multiply_add(int64_t n, float a, const float *x, float *y) {
+template <class W>
+INLINE void multiply_add_any(int64_t n, float a, const W *x, float *y) {
   int64_t i = 0;
   for (; i + WIDTH <= n; i += WIDTH) store(y + i, load(y + i) + a * load(x + i));
-  for (; i < n; ++i) y[i] += a * x[i];
+  for (; i < n; ++i) y[i] += a * scalar(x[i]);
 }
+static void multiply_add(int64_t n, float a, const float *x, float *y) { multiply_add_any(n, a, x, y); }
+static void multiply_add_bf16(int64_t n, float a, const bf16 *x, float *y) { multiply_add_any(n, a, x, y); }
 static void scale(int64_t n, float a, float *x) {
   int64_t i = 0;
   for (; i + WIDTH <= n; i += WIDTH) store(x + i, a * load(x + i));
   for (; i < n; ++i) x[i] *= a;
 }
 static void normalise(int64_t n, const float *x, float mean, float inverse, const float *w, const float *b, float *y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - mean) * inverse * w[i] + (b ? b[i] : 0.f);
+  int64_t i = 0;
+  if (b)
+    for (; i + WIDTH <= n; i += WIDTH) store(y + i, (load(x + i) - mean) * inverse * load(w + i) + load(b + i));
+  else
+    for (; i + WIDTH <= n; i += WIDTH) store(y + i, (load(x + i) - mean) * inverse * load(w + i));
+  for (; i < n; ++i) y[i] = (x[i] - mean) * inverse * w[i] + (b ? b[i] : 0.f);
 }
 static void rotate(int64_t half, const float *x, const float *cos, const float *sin, float *y) {
   for (int64_t i = 0; i < half; ++i) {
@@ -313,9 +332,11 @@ static Isa table(const char *name) {
   isa.axpy_f32 = axpy_f32;
   isa.widen = widen;
   isa.round = round;
+  isa.sum = sum_of;
   isa.sum_squares = sum_squares;
   isa.add = add;
   isa.multiply_add = multiply_add;
+  isa.multiply_add_bf16 = multiply_add_bf16;
   isa.scale = scale;
   isa.normalise = normalise;
   isa.rotate = rotate;

@@ -96,7 +96,7 @@ void for_rows(int64_t rows, int64_t width, F f) {
 
 void rms_norm(int64_t rows, int64_t n, const float *x, const float *w, float eps, float *y) {
   for_rows(rows, n, [&](int64_t r) {
-    const float mean = isa().sum_squares(n, x + r * n) / float(n);
+    const float mean = isa().sum_squares(n, 0.f, x + r * n) / float(n);
     isa().normalise(n, x + r * n, 0.f, 1.f / std::sqrt(mean + eps), w, nullptr, y + r * n);
   });
 }
@@ -210,11 +210,9 @@ OPERATOR(layer_norm) {
     const float eps = *c.at<float>(3);
     for_rows(c.dim(0, 0), n, [&](int64_t r) {
       const float *x = c.at<float>(0) + r * n;
-      double sum = 0, squares = 0;
-      for (int64_t i = 0; i < n; ++i) sum += x[i];
-      const double mean = sum / double(n);
-      for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
-      isa().normalise(n, x, float(mean), float(1. / std::sqrt(squares / double(n) + eps)), w.get(), b.get(),
+      const float mean = isa().sum(n, x) / float(n);
+      const float variance = isa().sum_squares(n, mean, x) / float(n);
+      isa().normalise(n, x, mean, 1.f / std::sqrt(variance + eps), w.get(), b.get(),
                       c.at<float>(4) + r * n);
     });
     return kOk;
@@ -374,12 +372,16 @@ OPERATOR(interpolate) {
     const int32_t *tap = c.at<int32_t>(1);
     for (int64_t i = 0; i < n * taps; ++i)
       if (tap[i] < 0 || tap[i] >= entries) return kBadIndex;
-    const auto table = widened(c, 0, entries * d);
     for_rows(n, d * taps, [&](int64_t r) {
       float *to = c.at<float>(3) + r * d;
       std::fill_n(to, d, 0.f);
-      for (int64_t i = r * taps; i < (r + 1) * taps; ++i)
-        isa().multiply_add(d, c.at<float>(2)[i], table.get() + tap[i] * d, to);
+      for (int64_t i = r * taps; i < (r + 1) * taps; ++i) {
+        const float weight = c.at<float>(2)[i];
+        if (c.is_bf16(0))
+          isa().multiply_add_bf16(d, weight, c.at<bf16>(0) + tap[i] * d, to);
+        else
+          isa().multiply_add(d, weight, c.at<float>(0) + tap[i] * d, to);
+      }
     });
     return kOk;
   });
