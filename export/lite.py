@@ -61,6 +61,7 @@ class LiteGraphs:
         self.contexts: Sequence[int] = (context or self._bundle.contexts[-1],)
         self.patches: Sequence[int] = self._bundle.patches
         self.chunk = self._bundle.prefill_chunk
+        self.smaller_chunks: Sequence[int] = ()
         self.together = False  # there is one row
         import mindspore_lite
 

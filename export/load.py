@@ -138,6 +138,7 @@ class BundleGraphs:
         self.contexts: Sequence[int] = bundle.contexts
         self.patches: Sequence[int] = bundle.patches
         self.chunk = bundle.prefill_chunk
+        self.smaller_chunks: Sequence[int] = ()
         self.together = together
 
     def batch(self, rows: int) -> int:

@@ -28,6 +28,9 @@ class Graphs(Protocol):
     contexts: Sequence[int]  # cache lengths, ascending
     patches: Sequence[int]  # patch counts, ascending
     chunk: int  # tokens of a prefill graph
+    smaller_chunks: Sequence[
+        int
+    ]  # of other prefill graphs, ascending, for what would leave much of that one empty
     together: bool  # whether a cache parameter holds all rows of a batch
 
     def batch(self, rows: int) -> int:
@@ -158,18 +161,27 @@ class Engine:
             group = list(range(first, min(first + size, len(rows))))
             done = dict.fromkeys(group, 0)
             while left := [b for b in group if done[b] < len(rows[b].ids)]:
-                # A chunk must not write past the cache's end, not even that of a row that only runs along: what does
-                # not fit runs token by token.
-                chunk = self.graphs.chunk
-                fit = [
-                    b
-                    for b in left
-                    if len(rows[b].ids) - done[b] > 1
-                    and all(row.length + chunk <= self.max_context for row in cache.rows[b].together)
-                ]
-                active, tokens = (fit, chunk) if fit else (left, 1)
+                active, tokens = self._fitting(cache, {b: len(rows[b].ids) - done[b] for b in left})
                 self._run(cache, rows, outputs, active, done, size, tokens, all_logits, taps)
         return outputs
+
+    def _fitting(self, cache: LatentCache, left: dict[int, int]) -> tuple[list[int], int]:
+        """Which rows run next, and how many tokens of each, when so many are `left` of each.
+
+        A chunk must not write past the cache's end, not even that of a row that only runs along: what does not fit runs in
+        a smaller one, or token by token.
+        """
+        sizes = [n for n in self.graphs.smaller_chunks if n < self.graphs.chunk] + [self.graphs.chunk]
+        enough = next((n for n in sizes if n >= max(left.values())), sizes[-1])
+        for chunk in reversed([n for n in sizes if n <= enough]):
+            fit = [
+                b
+                for b, n in left.items()
+                if n > 1 and all(row.length + chunk <= self.max_context for row in cache.rows[b].together)
+            ]
+            if fit:
+                return fit, chunk
+        return list(left), 1
 
     def _run(
         self,

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT = 4096
 DEFAULT_PREFILL_CHUNK = 256
+# With the C++ operators: a chunk reads most experts once, whatever its size, and what it lacks in tokens is computed too.
+OPERATORS_PREFILL_CHUNK, OPERATORS_SMALLER_CHUNKS = 1024, (64, 256)
 
 _DTYPES = {name: running.DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
@@ -51,14 +53,17 @@ class NativeGraphs:
     """Compiles graphs from the network when they are first needed. See `engine.Graphs`."""
 
     def __init__(
-        self, model: KimiVLForConditionalGeneration, max_context: int, chunk: int, patches: int
+        self, model: KimiVLForConditionalGeneration, max_context: int, chunk: int | None, patches: int
     ) -> None:
         self._model = model
         self._cells: dict[tuple, nn.Cell] = {}
         self._caches: dict[tuple, Binding] = {}
         self.contexts: Sequence[int] = contexts(max_context)
         self.patches: Sequence[int] = patch_buckets(patches)
-        self.chunk = min(chunk, max_context)
+        self.smaller_chunks: Sequence[int] = ()
+        if chunk is None and model.cpu_operators:
+            chunk, self.smaller_chunks = OPERATORS_PREFILL_CHUNK, OPERATORS_SMALLER_CHUNKS
+        self.chunk = min(chunk or DEFAULT_PREFILL_CHUNK, max_context)
         self.together = len(model.kernels.cache_shapes(2, 1, 1)) == 1  # one parameter for two rows
 
     def batch(self, rows: int) -> int:
@@ -119,7 +124,8 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         dtype: what the weights are rounded to; default: the configuration's. Backends that cannot compute in it
             (a CPU with plain operators) widen the rounded weights to fp32.
         max_context: tokens of the largest cache; default min(4096, max_position_embeddings).
-        prefill_chunk: tokens that one prefill graph takes.
+        prefill_chunk: tokens that one prefill graph takes; default 256, with the C++ operators for CPUs 64, 256 or 1024,
+            whichever a prompt fills best.
         max_image_patches: patches of the largest vision graph; default: what `in_token_limit` needs.
         kernels: backend of the operators, see `modeling.kernels`; default: that of MindSpore's device, "ascend" on
             Ascend and else "plain".
@@ -130,7 +136,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         config: Any,
         dtype: Any = None,
         max_context: int | None = None,
-        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         max_image_patches: int | None = None,
         kernels: str | None = None,
     ) -> None:
@@ -144,7 +150,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
             raise ConfigError(
                 f"max_context: {max_context}, expected 1 to max_position_embeddings ({positions})"
             )
-        if prefill_chunk < 1:
+        if prefill_chunk is not None and prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk: {prefill_chunk}, expected a positive number")
         self.dtype = mindspore_dtype(model_config.dtype if dtype is None else dtype)
         backend = _backend(kernels, self.dtype)
@@ -190,7 +196,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         dtype: Any = None,
         config: Any = None,
         max_context: int | None = None,
-        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         max_image_patches: int | None = None,
         kernels: str | None = None,
         output_loading_info: bool = False,

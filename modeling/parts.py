@@ -189,6 +189,7 @@ class PartGraphs:
     ) -> None:
         self.kind, self.config = kind, config
         self.contexts, self.patches, self.chunk = contexts, patches, chunk
+        self.smaller_chunks: Sequence[int] = ()
         self.together = len(kernels.cache_shapes(2, 1, 1)) == 1
         self._kernels, self._dtype = kernels, dtype
         self.room = Room()

@@ -12,6 +12,7 @@ from golden import CASES, CHECKPOINTS, DATA, check_cache, check_case, inputs, lo
 from kimi_vl import KimiVLConfig, KimiVLForConditionalGeneration
 from kimi_vl.modeling.buckets import TooLongError
 from kimi_vl.modeling.configuration import ConfigError
+from kimi_vl.modeling.engine import Row
 from kimi_vl.modeling.forward import InputError
 
 TINY = DATA / "tiny8-bf16"
@@ -337,3 +338,23 @@ def test_placeholders_and_images_must_match(model):
             model(**{**inputs(case), "pixel_values": pixels})
     with pytest.raises(InputError, match="image_grid_hws: missing"):
         model(**{**inputs(case), "image_grid_hws": None})
+
+
+def test_by_default_the_operators_take_a_prompt_in_chunks_that_it_fills(monkeypatch):
+    model = load(prefill_chunk=None, max_context=2048)
+    seen = []
+    text = model.engine.graphs.text
+    monkeypatch.setattr(
+        model.engine.graphs, "text", lambda tokens, *rest: (seen.append(tokens), text(tokens, *rest))[1]
+    )
+    case = load_case("tiny8-bf16", "long")
+    ids = np.tile(case["input_ids"], (1, 8))[:, :1290]
+    for count, chunks in ((30, [64]), (65, [256]), (1290, [1024, 1024]), (1, [1]), (1281, [1024, 256, 1])):
+        seen.clear()
+        cache = model.engine.new_cache(1)
+        if count == 1281:  # at the end of the context what does not fit a chunk takes smaller ones
+            cache.rows[0].length = 2048 - 1281
+        model.engine.extend(cache, [Row(ids[0, :count])])
+        assert seen == chunks
+    assert model.engine.graphs.chunk == 1024
+    assert rel_l2(model(input_ids=case["input_ids"]).logits.asnumpy(), case["logits"]) <= 1e-5
