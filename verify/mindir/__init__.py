@@ -1,8 +1,8 @@
 """An interpreter of MindIR graphs in Torch: evidence that a graph which cannot run here computes what it should.
 
 `graph` reads a file into nodes, `values` are what flows between them, `rules` says what a rule is, and
-`elementwise`, `norms`, `shaping`, `selection`, `products`, `experts` and `attention` (with `masks`) are the rules of the
-operators, `witnesses` says who bears them out. `parameters` are weights and caches, `interpreter` runs it all, with
+`elementwise`, `norms`, `shaping`, `selection`, `products`, `experts` and `attention` (with `masks`) are the rules of
+MindSpore's operators, `cpu_operators` those of the project's own library, `witnesses` says who bears them out. `parameters` are weights and caches, `interpreter` runs it all, with
 `noise` if asked to.
 """
 

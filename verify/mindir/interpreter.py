@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from . import attention, elementwise, experts, norms, products, selection, shaping  # noqa: F401  they fill RULES
+from . import attention, cpu_operators, elementwise, experts, norms, products, selection, shaping  # noqa: F401  they fill RULES
 from .errors import InterpreterError, Refused, require
 from .graph import CALL, Function, Graph, Node
 from .noise import EXACT, Noise
@@ -145,7 +145,7 @@ class Interpreter:
             arguments = tuple(a for a in arguments if not isinstance(a, Monad))
             if rule.writes:
                 return self._write(node, rule, arguments)
-            result = self._finished(*rule(arguments, node.attributes))
+            result = self._finished(*rule(arguments, node.attributes, node.declared))
             _check(result, node.declared)
             return mapped(self._noise, result) if self._noise and node.operator not in EXACT else result
         except Refused as e:

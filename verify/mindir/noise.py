@@ -14,7 +14,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a fl
 EXACT = frozenset(
     {o for o, rule in RULES.items() if rule.compute.__module__ in (shaping.__name__, selection.__name__)}
     | {"Cast", "Neg", "Abs", "ReLU", "Maximum", "Minimum", "Floor", "ReduceMax", "ReduceMin"}
-    | {"MoeInitRoutingV2", "MoeTokenPermute"}
+    | {"MoeInitRoutingV2", "MoeTokenPermute", "kimi_embedding", "kimi_split"}
 )
 """Operators that give elements of their inputs, or what one rounding makes of them: nothing is computed, nothing is off."""
 

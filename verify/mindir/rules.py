@@ -1,6 +1,7 @@
 """What an operator computes, as a rule: a function of Torch tensors, and the dtype of its result.
 
-Rules are written from MindSpore's docstrings (and, where these are silent, CANN's), not from the network's kernels. They
+Rules are written from MindSpore's docstrings (and, where these are silent, CANN's), not from the network's kernels; for the
+project's own operators from what `modeling/kernels` says that they compute, not from their code. They
 stand in one module per kind of operator and are found through :data:`RULES`, by the name that an exported file uses.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from .errors import Refused
-from .values import LOW, Value, mapped, name, wide
+from .values import LOW, Spec, Value, mapped, name, wide
 
 DtypeRule = Callable[..., Any]
 """Of the arguments, tensors as Values: the dtype of the result, or a tuple of dtypes."""
@@ -50,9 +51,12 @@ class Rule:
     floats: tuple[torch.dtype, ...]
     widen: bool
     writes: bool
+    shaped: bool
 
-    def __call__(self, arguments: tuple[Any, ...], attributes: dict[str, Any]) -> tuple[Any, Any]:
-        """The data and the dtypes of the result.
+    def __call__(
+        self, arguments: tuple[Any, ...], attributes: dict[str, Any], declared: Any = None
+    ) -> tuple[Any, Any]:
+        """The data and the dtypes of the result, which the graph has `declared` to be so.
 
         Raises:
             Refused: arguments outside the operator's documented semantics.
@@ -63,12 +67,22 @@ class Rule:
         mapped(self._check_float, arguments)
         dtypes = self.result(*arguments)
         unwrap = (lambda v: wide(v.data)) if self.widen else (lambda v: v.data)
-        data = self.compute(*mapped(unwrap, arguments), **{a: attributes[a] for a in self.attributes})
+        further = {a: attributes[a] for a in self.attributes}
+        if self.shaped:
+            further["shapes"] = _shapes(declared)
+        data = self.compute(*mapped(unwrap, arguments), **further)
         return data, dtypes
 
     def _check_float(self, value: Value) -> None:
         if self.floats and value.dtype.is_floating_point and value.dtype not in self.floats:
             raise Refused(f"takes {name(value.dtype)}, expected {' or '.join(map(name, self.floats))}")
+
+
+def _shapes(declared: Any) -> tuple[tuple[int, ...], ...]:
+    parts = declared if isinstance(declared, tuple) else ()
+    if len(parts) < 2 or not all(isinstance(part, Spec) for part in parts):
+        raise Refused("gives several tensors, but the graph does not declare them")
+    return tuple(part.shape for part in parts)
 
 
 RULES: dict[str, Rule] = {}
@@ -81,6 +95,7 @@ def rule(
     floats: tuple[torch.dtype, ...] = (),
     widen: bool = True,
     writes: bool = False,
+    shaped: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function the rule of some operators. It takes the node's inputs without monads, and `attributes` by name.
 
@@ -89,12 +104,14 @@ def rule(
         floats: the dtypes that floating tensors may have; default any.
         widen: it takes bf16 and fp16 as fp32; if not, as they are held, and it widens what it multiplies itself.
         writes: its first argument is changed in place; it gives the new content, the old one must stay as it was.
+        shaped: the declared shapes of its results, a tuple of several, are an argument `shapes` too, because nothing else
+            says what the operator is to give.
     """
 
     def register(compute: Callable[..., Any]) -> Callable[..., Any]:
         for operator in operators:
             assert operator not in RULES, operator
-            RULES[operator] = Rule(compute, result, attributes, floats, widen, writes)
+            RULES[operator] = Rule(compute, result, attributes, floats, widen, writes, shaped)
         return compute
 
     return register

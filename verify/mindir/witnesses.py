@@ -1,7 +1,8 @@
 """Who beside this project says what an operator computes, so that a rule and its test are not one misunderstanding.
 
 A rule that is only held against a second formulation of our own, or against Torch's operator for a part of what the
-operator does, has no entry: reports name it when a graph uses it.
+operator does, has no entry: reports name it when a graph uses it. Operators of the project's own library are what that
+library computes, so it bears their rules out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .rules import RULES
 
 KERNEL = "MindSpore's CPU kernel, run beside the rule"
 TORCH = "Torch's operator, whose semantics mindspore.mint documents for its own"
+LIBRARY = "the library itself, run beside the rule"
 DOCSTRING = "values printed in MindSpore's docstring"
 
 WITNESSES: dict[str, str] = {
@@ -72,6 +74,15 @@ WITNESSES: dict[str, str] = {
             *("RmsNorm", "Swiglu", "TopkExt"),
         ),
         DOCSTRING,
+    ),
+    **dict.fromkeys(
+        (
+            *("kimi_add_rms_norm", "kimi_embedding", "kimi_experts", "kimi_gelu_erf", "kimi_gelu_tanh"),
+            *("kimi_interpolate", "kimi_latent_attention", "kimi_layer_norm", "kimi_linear", "kimi_rms_norm"),
+            *("kimi_rotate", "kimi_router", "kimi_split", "kimi_swiglu", "kimi_vision_attention"),
+            "kimi_vision_attention_rounded",
+        ),
+        LIBRARY,
     ),
     "SplitWithSize": "its view, SplitWithSizeView, whose rule it shares",
     "KVCacheScatterUpdate": "what MindSpore's device test expects of the data in CANN's example",
