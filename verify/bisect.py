@@ -182,6 +182,7 @@ def _together(left: list[Stage], config: ModelConfig, case: Case) -> tuple[list[
 
 def _bad(case: Case, stage: Stage, seen: Seen, bad: Compared, table: list[Compared]) -> BadPoint:
     point = next(p for p in stage.points if p.name == bad.point)
+    place = seen.places[stage.name][point.name]
     assert bad.distance is not None
     return BadPoint(
         layer=stage.name,
@@ -196,8 +197,8 @@ def _bad(case: Case, stage: Stage, seen: Seen, bad: Compared, table: list[Compar
         token=bad.token,
         distance=bad.distance,
         limit=bad.limit,
-        reads=tuple(stage.parameters(point)),
-        nodes=seen.places[stage.name][point.name].values,
+        reads=tuple(stage.parameters(point) + [stage.prefix + name for name in place.reads]),
+        nodes=place.values,
         table=tuple(table),
     )
 

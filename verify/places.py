@@ -15,6 +15,9 @@ from .mindir.graph import Graph, Node
 from .mindir.paths import VIEWS, Paths
 from .points import Stage
 
+# Operators that add and norm: which of their results are the sum and its norm.
+SUM_AND_NORM = {"AddRmsNorm": (2, 0), "kimi_add_rms_norm": (0, 1)}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -24,11 +27,13 @@ class Place:
         values: names of values; several where each row of a batch, or a block of queries, has its own.
         form: how they are laid out, see `watching.arranged`.
         expected: what the reference calls them, where that is not the point's name.
+        reads: parameters, after the stage's prefix, that a fused operator takes beside the point's own.
     """
 
     values: tuple[str, ...]
     form: str = "tokens"
     expected: str = ""
+    reads: tuple[str, ...] = ()
 
 
 def find(graph: Graph, config: ModelConfig, stage: Stage, tokens: int) -> dict[str, Place]:
@@ -77,9 +82,18 @@ class _Finder:
         for node in self.paths.takers(value) if value else ():
             if node is not past and node.operator == "Add":
                 return node.output, node
-            if node is not past and node.operator == "AddRmsNorm":
-                return self.paths.part(node.output, 2), node
+            if node is not past and node.operator in SUM_AND_NORM:
+                return self._part_of_norm(node, 0), node
         return None, None
+
+    def normed(self, weight: str) -> str | None:
+        """What an RMSNorm gives."""
+        node = self.taker(weight)
+        return self._part_of_norm(node, 1) if node and node.operator in SUM_AND_NORM else self.given(node)
+
+    def _part_of_norm(self, node: Node, which: int) -> str | None:
+        """The sum (0) or its norm (1) of an operator that gives both."""
+        return self.paths.part(node.output, SUM_AND_NORM[node.operator][which])
 
     def other(self, node: Node | None, value: str | None) -> str | None:
         """The other operand of a sum."""
@@ -122,7 +136,7 @@ class _Finder:
         }
 
     def _rotated(self, qkv: str | None, attention: str | None) -> Sequence[str | None]:
-        """Where halves of a head come together again: the rotated queries, then the keys."""
+        """Where halves of a head come together again, or a fused operator has turned them: the queries, then the keys."""
         if qkv is None or attention is None:
             return None, None
         half = self.config.vision.head_dim // 2
@@ -130,11 +144,14 @@ class _Finder:
         found = [
             node.output
             for node in self.paths.nodes
-            if node.operator == "Concat"
-            and node.output in between
-            and [self.paths.shape(v)[-1:] for v in self.paths.operands(node)[:2]] == [(half,), (half,)]
+            if node.output in between and (node.operator == "kimi_rotate" or self._joins(node, half))
         ]
         return found if len(found) == 2 else (None, None)
+
+    def _joins(self, node: Node, width: int) -> bool:
+        """Whether it puts two parts of this width together."""
+        widths = [self.paths.shape(v)[-1:] for v in self.paths.operands(node)[:2]]
+        return node.operator == "Concat" and widths == [(width,), (width,)]
 
     def projector(self) -> dict[str, Place | None]:
         norm = self.taker("vision_tower.encoder.final_layernorm.weight")
@@ -159,17 +176,17 @@ class _Finder:
     def head(self) -> dict[str, Place | None]:
         return {
             "input": _one(self._normed("language_model.model.norm.weight")),
-            "final_norm": _one(self.given(self.taker("language_model.model.norm.weight"))),
+            "final_norm": _one(self.normed("language_model.model.norm.weight")),
             "lm_head": _one(self.linear("language_model.lm_head")),
         }
 
     def _normed(self, weight: str) -> str | None:
         """What a norm is taken of."""
         node = self.taker(weight)
-        if node is None or node.operator == "RmsNorm":
+        if node is None or node.operator in ("RmsNorm", "kimi_rms_norm"):
             return node.inputs[0] if node else None
-        if node.operator == "AddRmsNorm":
-            return self.paths.part(node.output, 2)
+        if node.operator in SUM_AND_NORM:
+            return self._part_of_norm(node, 0)
         scaled = self.paths.makers[self.paths.source(node.inputs[0])]  # x * rsqrt(...), of plain operators
         return scaled.inputs[0]
 
@@ -179,14 +196,14 @@ class _Finder:
         output, last = self.summed(attended, past=node)
         places = {
             "input": _one(self._normed("input_layernorm.weight")),
-            "input_norm": _one(self.given(self.taker("input_layernorm.weight"))),
+            "input_norm": _one(self.normed("input_layernorm.weight")),
             "q_proj": _one(self.linear("self_attn.q_proj")),
             "kv_a_proj": _one(self.linear("self_attn.kv_a_proj_with_mqa")),
-            "kv_a_norm": _one(self.given(self.taker("self_attn.kv_a_layernorm.weight"))),
+            "kv_a_norm": _one(self.normed("self_attn.kv_a_layernorm.weight")),
             **self._attention(attention),
             "o_proj": _one(self.linear("self_attn.o_proj")),
             "attention_sum": _one(attended),
-            "post_norm": _one(self.given(self.taker("post_attention_layernorm.weight"))),
+            "post_norm": _one(self.normed("post_attention_layernorm.weight")),
         }
         mixed = self.other(last, attended)
         if self.config.text.is_moe(self.stage.number):
@@ -202,7 +219,7 @@ class _Finder:
     def _attention(self, attention: str | None) -> dict[str, Place | None]:
         paths = self.paths
         queries, latent = self.linear("self_attn.q_proj"), self.linear("self_attn.kv_a_proj_with_mqa")
-        norm = self.given(self.taker("self_attn.kv_a_layernorm.weight"))
+        norm = self.normed("self_attn.kv_a_layernorm.weight")
         if attention is None or queries is None or latent is None or norm is None:
             return {}
         between = paths.before(attention, [queries, latent])
@@ -212,6 +229,11 @@ class _Finder:
         caches = [p for p in paths.graph.parameters if p.startswith(f"cache.{self.stage.number}.")]
         writes = [node.output for name in caches for node in paths.written(name)]
         places["cache"] = Place(tuple(writes), "slots")
+        fused = self.taker("self_attn.k_b_proj.weight")
+        if fused and fused.operator == "kimi_latent_attention":
+            places["q_rope"] = _one(self._whole(fused.inputs[1]))
+            reads = "self_attn.k_b_proj.weight", "self_attn.v_b_proj.weight"
+            return places | {"attention": Place((attention,), reads=reads)}
         joined = self._query_parts(paths.after(queries) & between)
         plain = [(self._scale(a), self._scale(b)) for a, b in joined]
         scaled = all(a and b for a, b in plain) and bool(plain)
@@ -282,11 +304,28 @@ class _Finder:
         return value
 
     def _moe(self, mixed: str | None) -> dict[str, Place | None]:
-        paths = self.paths
         shared = self.linear("mlp.shared_experts.down_proj")
         total, node = self.summed(shared)
         experts = self.other(node, shared) if shared else mixed
-        scores = self.given(self.taker("mlp.gate.e_score_correction_bias"))
+        return self._router() | {
+            "experts": _one(experts),
+            "shared_gate_up": _one(self.linear("mlp.shared_experts.gate_up_proj")),
+            "shared_swiglu": _one(self.fed("mlp.shared_experts.down_proj")),
+            "shared_down": _one(shared),
+            "moe": _one(total),
+        }
+
+    def _router(self) -> dict[str, Place | None]:
+        paths = self.paths
+        node = self.taker("mlp.gate.e_score_correction_bias")
+        if node and node.operator == "kimi_router":
+            reads = "mlp.gate.weight", "mlp.gate.e_score_correction_bias"
+            parts = {
+                "router_choice": paths.part(node.output, 0),
+                "router_weights": paths.part(node.output, 1),
+            }
+            return {name: Place((value,), reads=reads) for name, value in parts.items() if value}
+        scores = self.given(node)
         top = next(iter(paths.takers(scores)), None) if scores else None
         chosen = paths.part(top.output, 1) if top else None
         return {
@@ -294,11 +333,6 @@ class _Finder:
             "router_scores": _one(scores),
             "router_choice": _one(chosen),
             "router_weights": _one(self._shares(chosen)),
-            "experts": _one(experts),
-            "shared_gate_up": _one(self.linear("mlp.shared_experts.gate_up_proj")),
-            "shared_swiglu": _one(self.fed("mlp.shared_experts.down_proj")),
-            "shared_down": _one(shared),
-            "moe": _one(total),
         }
 
     def _shares(self, chosen: str | None) -> str | None:
