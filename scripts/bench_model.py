@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vision-layers", type=int, default=4, help="of a checkpoint that is made")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of our weights")
     parser.add_argument("--kernels", help="backend of our operators; default: what the package takes here")
-    parser.add_argument("--prefill-chunk", type=int, default=256, help="tokens of our prefill graph")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens of our prefill graph")
     parser.add_argument("--bundle", type=Path, help="our side is this bundle instead, of the same checkpoint")
     parser.add_argument(
         "--reference",
