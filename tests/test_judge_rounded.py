@@ -49,10 +49,29 @@ class Rounded(OracleCandidate):
         return super().describe() | {"arithmetic": "rounded", "unwitnessed": ["FusedInferAttentionScore"]}
 
 
-def run(oracles, times):
+class SameExperts(Rounded):
+    """Rounded as the reference is, but every token takes the experts of the fp32 reference."""
+
+    def run(self, inputs, calls):
+        experts = self.oracle.run(inputs)["router_topk_indices"]
+        taps = self.low.run(inputs, experts)
+        return taps | {"last_logits": taps["logits"][:, np.cumsum(calls) - 1]}
+
+
+class Untold(Rounded):
+    """Does not say which experts it takes."""
+
+    def run(self, inputs, calls):
+        return {k: v for k, v in super().run(inputs, calls).items() if k in parity.KEPT}
+
+    def describe(self):
+        return super().describe() | {"taps": False}
+
+
+def run(oracles, times, kind=Rounded):
     plans = select(suite(oracles[0].config, LIMITS), NAMES)
     source = SeededSource(oracles[0].config)
-    made = run_suite(oracles[0], Rounded(oracles, times), plans, source, seed=1, rounded=oracles[1])
+    made = run_suite(oracles[0], kind(oracles, times), plans, source, seed=1, rounded=oracles[1])
     made["candidate"]["files"] = parity.FILE
     return made
 
@@ -72,6 +91,20 @@ def test_the_references_own_rounding_passes_and_is_in_the_run(clean, tmp_path):
         assert own["layers.2"]["nmse_settled"] == taps["layers.2"]["nmse_settled"] > 1e-7
     ratios = [f.value for f in verdict.findings if f.tap.startswith("layers.") and f.value != "no places"]
     assert ratios and ratios == pytest.approx([1.0] * len(ratios))
+
+
+@pytest.mark.parametrize("kind", [SameExperts, Untold])
+def test_what_rounding_costs_the_reference_is_measured_where_the_candidate_is_judged(oracles, clean, kind):
+    """Also where the reference's own rounded run took another expert, and the candidate did not."""
+    flips = [case["calibration"]["router.1"]["flipped"] for case in clean["cases"]]
+    assert any(flips)
+    made = run(oracles, 1, kind)
+    assert judge(made, BF16).passed
+    for case in made["cases"]:
+        for tap in set(case["taps"]) & {"layers.2", "logits", "last_logits"}:
+            own, taps = case["calibration"][tap], case["taps"][tap]
+            assert own["nmse_untouched"] == pytest.approx(taps["nmse_untouched"], rel=1e-6)
+            assert taps["nmse_untouched"] == taps["nmse"]
 
 
 def test_a_rule_without_a_witness_is_noted(clean):

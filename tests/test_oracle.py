@@ -161,6 +161,21 @@ def test_media_tokens_must_fit_the_pictures(oracles):
         oracles["tiny8-fp32"].run(case | {"input_ids": ids})
 
 
+def test_takes_the_experts_that_it_is_given(oracles):
+    oracle, case = oracles["tiny8-bf16"], inputs(load_case("tiny8-bf16", "batch"))
+    free = oracle.run(case)
+    own = free["router_topk_indices"]
+    same = oracle.run(case, own)
+    assert all(np.array_equal(same[k], free[k]) for k in free if k != "router_gap")
+    others = np.where(own < 0, own, np.sort((own + 1) % oracle.config.text.n_routed_experts))
+    got = oracle.run(case, others)
+    assert np.array_equal(got["router_topk_indices"], others)
+    weights = got["router_topk_weights"].sum(-1)[:, case["attention_mask"].astype(bool)]
+    assert weights == pytest.approx(oracle.config.text.routed_scaling_factor, rel=1e-5)
+    assert rel_l2(got["logits"], free["logits"]) > 0.01
+    assert all(np.array_equal(oracle.run(case)[k], free[k]) for k in free)
+
+
 def with_text(**fields):
     raw = json.loads((TINY / "config.json").read_text())
     raw["text_config"] |= fields

@@ -7,7 +7,8 @@ no remote code runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from .torch_weights import OracleError, load_published, to_published
 __all__ = ["Greedy", "Oracle", "OracleError", "build_network", "build_oracle", "to_published"]
 
 Inputs = Mapping[str, np.ndarray]
+
+CHOSEN = 1e6  # added to a selection score, is more than all others
 
 
 def build_oracle(directory: str | Path, dtype: torch.dtype = torch.float32) -> Oracle:
@@ -131,12 +134,13 @@ class Oracle:
         return self.network.lm_head.weight.dtype
 
     @torch.no_grad()
-    def run(self, inputs: Inputs) -> Taps:
+    def run(self, inputs: Inputs, experts: np.ndarray | None = None) -> Taps:
         """One forward over the whole prompt.
 
         Args:
             inputs: `input_ids`, `attention_mask` [B, S] (left padded); with pictures `pixel_values` [N, 3, p, p] and
                 `image_grid_hws` [n, 2].
+            experts: `[Lm, B, S, k]`, as `router_topk_indices` below, which every token takes whatever the routers prefer.
 
         Returns:
             With pictures `vision_out` [N/4, 4, D] (grouped, before the projector) and `projector_out` [N/4, H];
@@ -147,9 +151,32 @@ class Oracle:
             Masked places hold zeros, -1 in `router_topk_indices`, inf in `router_gap`; `inputs_embeds` is as it is.
         """
         arguments, mask = self.arguments(inputs)
-        with suited_to(self.config.text.hidden_size), self.recorder() as recorder:
+        with (
+            suited_to(self.config.text.hidden_size),
+            self._choosing(experts),
+            self.recorder() as recorder,
+        ):
             logits = self.network(**arguments, use_cache=False).logits
         return recorder.taps(mask) | {"logits": as_numpy(logits) * mask[..., None]}
+
+    @contextmanager
+    def _choosing(self, experts: np.ndarray | None) -> Iterator[None]:
+        """By the routers' correction bias, which takes part in the choice only: weights are their own scores."""
+        model: Any = self.network.model
+        gates = [layer.mlp.gate for layer in model.language_model.layers if hasattr(layer.mlp, "gate")]
+        before = [gate.e_score_correction_bias for gate in gates]
+        try:
+            for gate, of_layer in zip(gates, () if experts is None else experts):
+                chosen = torch.from_numpy(of_layer).long().flatten(0, -2)  # (B * S, k)
+                preferred = torch.zeros(len(chosen), gate.num_experts)
+                preferred.scatter_(
+                    1, chosen.clamp(min=0), (chosen >= 0).float()
+                )  # -1 where there is no token
+                gate.e_score_correction_bias = gate.e_score_correction_bias + CHOSEN * preferred
+            yield
+        finally:
+            for gate, bias in zip(gates, before):
+                gate.e_score_correction_bias = bias
 
     def recorder(self) -> Recorder:
         """Records the layers that the network has."""

@@ -27,9 +27,15 @@ class Reference(Protocol):
 
     config: ModelConfig
 
-    def run(self, inputs: Any) -> dict[str, np.ndarray]: ...
+    def run(self, inputs: Any, /) -> dict[str, np.ndarray]: ...
 
     def greedy(self, inputs: Any, n: int) -> Any: ...
+
+
+class RoundedReference(Protocol):
+    """The oracle in low precision; it can be told which experts to take."""
+
+    def run(self, inputs: Any, experts: np.ndarray | None = None, /) -> dict[str, np.ndarray]: ...
 
 
 def run_suite(
@@ -39,7 +45,7 @@ def run_suite(
     source: Source,
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
-    rounded: Reference | None = None,
+    rounded: RoundedReference | None = None,
     other: Reference | None = None,
     spool: tuple[Spool, str] | None = None,
 ) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def _run_case(
     plan: Plan,
     source: Source,
     seed: int,
-    rounded: Reference | None,
+    rounded: RoundedReference | None,
     other: Reference | None,
     processor: Source | None,
 ) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def _run_case(
     case, taps = _reference_taps(reference, candidate, plan, source, seed)
     greedy = reference.greedy(case.inputs, case.new_tokens) if case.new_tokens else None
     halfway = time.perf_counter()
-    record = _compare(case, taps, greedy, candidate, reference.config)
+    record, chosen = _compare(case, taps, greedy, candidate, reference.config)
     if processor is not None and not plan.own:
         record["taps"] = {INPUTS: compared_inputs(plan, case, processor)} | record["taps"]
     took = {
@@ -108,14 +114,12 @@ def _run_case(
         "candidate": round(time.perf_counter() - halfway, 3),
     }
     if rounded is not None:
-        own = rounded.run(case.inputs)
-        own["last_logits"] = own["logits"][:, case.ends]
-        record["calibration"] = compared(case, taps, own, reference.config)[0]
+        record["calibration"] = _calibration(case, taps, rounded, chosen, reference.config)
     if other is not None:
         again = compared(case, taps, other.run(case.inputs), reference.config)[0]
         record["noise"] = {tap: m["rel_l2"] for tap, m in again.items() if m.get("rel_l2") is not None}
-    chosen = taps.get("router_topk_indices", ())
-    experts = [np.unique(of_layer[of_layer >= 0]).tolist() for of_layer in chosen]
+    used = taps.get("router_topk_indices", ())
+    experts = [np.unique(of_layer[of_layer >= 0]).tolist() for of_layer in used]
     return {"case": record, "experts": experts, "seconds": took}
 
 
@@ -143,12 +147,14 @@ def _reference_taps(
 
 def _compare(
     case: Case, reference: dict[str, np.ndarray], greedy: Any, candidate: Candidate, config: ModelConfig
-) -> dict[str, Any]:
-    """One case's record."""
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """One case's record, and the experts that the candidate chose, where it says so."""
     record = case_record(case)
+    chosen = None
     try:
         taps = candidate.run(case.inputs, case.calls)
         record["taps"], record["missing"] = compared(case, reference, taps, config)
+        chosen = taps.get("router_topk_indices")
         if greedy is not None:
             tokens = candidate.greedy(case.inputs, case.new_tokens)
             scale = float(np.abs(reference["logits"]).max())
@@ -157,7 +163,42 @@ def _compare(
         raise
     except Exception as e:  # whatever a candidate raises, the case has failed, and the report says so
         record["error"] = raised(e)
-    return record
+    return record, chosen
+
+
+def _calibration(
+    case: Case,
+    reference: dict[str, np.ndarray],
+    rounded: RoundedReference,
+    chosen: np.ndarray | None,
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """What rounding costs the reference itself, by tap.
+
+    Places differ by a factor of ten in what rounding costs there, so figures `*_untouched` of both sides are over the
+    same: those before the candidate's first other choice of experts in a row. The reference's own rounded run may have
+    gone another way there, so they are of a second one, which is given the experts of the exact run.
+
+    Args:
+        chosen: the candidate's experts; None, where it does not say which: both sides are then compared everywhere, each
+            with the experts of its own choice.
+    """
+    own = _with_last(case, rounded.run(case.inputs))
+    calibration = compared(case, reference, own, config)[0]
+    routing = "router_topk_indices"
+    if routing not in reference:
+        return calibration
+    if chosen is None:
+        del own[routing]
+    else:
+        own = _with_last(case, rounded.run(case.inputs, reference[routing])) | {routing: chosen}
+    for tap, metrics in compared(case, reference, own, config)[0].items():
+        calibration[tap] |= {name: value for name, value in metrics.items() if name.endswith("_untouched")}
+    return calibration
+
+
+def _with_last(case: Case, taps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return taps | {"last_logits": taps["logits"][:, case.ends]}
 
 
 def case_record(case: Case) -> dict[str, Any]:

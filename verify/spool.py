@@ -35,8 +35,13 @@ class KeptReference:
         self.reference, self.spool, self.name = reference, spool, name
         self.config = reference.config
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._kept("run", inputs, self.reference.run, inputs)
+    def run(
+        self, inputs: Mapping[str, np.ndarray], experts: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """`experts`, if any, are those that the fp32 reference chooses for these inputs."""
+        if experts is None:
+            return self._kept("run", inputs, self.reference.run, inputs)
+        return self._kept("same-experts", inputs, self.reference.run, inputs, experts)
 
     def greedy(self, inputs: Mapping[str, np.ndarray], n: int) -> Any:
         def arrays(*given: Any) -> dict[str, np.ndarray]:
