@@ -43,6 +43,8 @@ CANDIDATES: dict[str, tuple[str, str | None, str]] = {
     "lite": ("lite", "interpreter", "lifted"),
     "ascend-rounded": ("ascend", "interpreter", "rounded"),
     "lite-rounded": ("lite", "interpreter", "rounded"),
+    "network-rounded": ("converted", None, "rounded"),
+    "cpu-rounded": ("cpu", "mindspore", "rounded"),
 }
 
 

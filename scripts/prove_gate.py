@@ -72,10 +72,11 @@ def cli(only: tuple[str, ...], show: bool, as_json: bool, write: bool) -> None:
 def clean_ones_that_fail(shop: Workshop, faults: Sequence[Fault]) -> int:
     """Each candidate that faults are put into, as it is before."""
     failed = 0
-    for key in dict.fromkeys((f.model, f.target, f.through, f.batch, f.cases) for f in faults):
+    keys = ((f.model, f.target, f.through, f.arithmetic, f.batch, f.cases) for f in faults)
+    for key in dict.fromkeys(keys):
         verdict = shop.clean(*key)
         failed += not verdict.passed
-        what = " ".join(map(str, (*key[:4], *key[4])))
+        what = " ".join(map(str, (*key[:-1], *key[-1])))
         say(f"{'passes' if verdict.passed else 'FAILS':<7} without a fault: {what}")
     return failed
 

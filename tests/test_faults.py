@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from kimi_vl.modeling.kernels import library
+
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 ROOT = Path(__file__).parents[1]
 # Of every way to get a fault in but the two that trace graphs again, and of every place.
 QUICK = (
     *("expert-neighbour", "weight-1-percent", "embedding-shifted", "final-norm-missing"),
     *("late-decoding", "bilinear", "row-before-last", "config-eps"),
+    *("rounded-tensor-6-percent", "rounded-rms-eps"),
 )
 
 
@@ -50,20 +53,35 @@ def failed_at(outcome):
     return outcome.place, bad, outcome.refused
 
 
+def needs_rounding(arithmetic):
+    if arithmetic == "rounded" and not (library.available() and library.can_round()):
+        pytest.skip("this machine has no operators that round")
+
+
 def test_without_a_fault_it_passes(shop):
     verdict = shop.clean("tiny8", cases=("quick",))
     assert verdict.passed, verdict.failures
 
 
+def test_without_a_fault_a_bundle_passes_whose_operators_round_here(shop):
+    needs_rounding("rounded")
+    verdict = shop.clean("eps", "cpu", "mindspore", "rounded", cases=("quick",))
+    assert verdict.profile.name == "bf16" and verdict.passed, verdict.failures
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fault_is_caught_where_it_is(shop, name):
+    needs_rounding(FAULTS[name].arithmetic)
     outcome = shop.examine(dataclasses.replace(FAULTS[name], cases=("quick",)))
     assert outcome.right, failed_at(outcome)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", sorted({(f.model, f.target, f.through, f.batch) for f in FAULTS.values()}))
+@pytest.mark.parametrize(
+    "key", sorted({(f.model, f.target, f.through, f.arithmetic, f.batch) for f in FAULTS.values()})
+)
 def test_without_a_fault_every_candidate_passes(shop, key):
+    needs_rounding(key[3])
     verdict = shop.clean(*key)
     assert verdict.passed, verdict.failures
 
@@ -71,6 +89,7 @@ def test_without_a_fault_every_candidate_passes(shop, key):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_every_fault_is_caught_where_it_is(shop, name):
+    needs_rounding(FAULTS[name].arithmetic)
     outcome = shop.examine(FAULTS[name])
     assert outcome.right, failed_at(outcome)
 

@@ -30,6 +30,7 @@ class Fault:
     model: the checkpoint, see ``models``.
     target: of the bundle.
     through: what runs it, "interpreter" or "mindspore".
+    arithmetic: "lifted" or "rounded"; what rounds is held against the limits for that.
     batch: rows of the bundle's text graphs.
     cases: what is run; empty: the suite as a user's command runs it.
     operator: the first wrong one, "layer: point" as ``verify-parity bisect`` calls them; empty where no graph of the ones
@@ -44,6 +45,7 @@ class Fault:
     model: str = "tiny8"
     target: str = "ascend"
     through: str = "interpreter"
+    arithmetic: str = "lifted"
     batch: int = 1
     cases: tuple[str, ...] = ()
     operator: str = ""

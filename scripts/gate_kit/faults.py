@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import files, host, network, nodes, weights
+from . import files, host, network, nodes, rounded, weights
 
 OPERATORS = {
     "dense-gate-up": "layers.0: gate_up",
@@ -56,5 +56,6 @@ OPERATORS = {
 }
 FAULTS = tuple(
     replace(fault, operator=OPERATORS.get(fault.name, ""))
-    for fault in (*weights.FAULTS, *network.FAULTS, *nodes.FAULTS, *host.FAULTS, *files.FAULTS)
+    for faults in (weights, network, nodes, host, files, rounded)
+    for fault in faults.FAULTS
 )

@@ -61,11 +61,11 @@ def tower_eps(tracer: Tracer, eps: float = 1e-6) -> None:
     encoder = tracer.vision_tower.encoder
     norms = [encoder.final_layernorm, *(n for block in encoder.blocks for n in (block.norm0, block.norm1))]
     for norm in norms:
-        norm.norm = P.LayerNorm(-1, -1, eps)
+        norm.norm = tracer.kernels.LayerNorm(eps)
 
 
 def projector_eps(tracer: Tracer, eps: float = 1e-6) -> None:
-    tracer.projector.pre_norm.norm = P.LayerNorm(-1, -1, eps)
+    tracer.projector.pre_norm.norm = tracer.kernels.LayerNorm(eps)
 
 
 # ---- router and experts -----------------------------------------------------------------------------------------------

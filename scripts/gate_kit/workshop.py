@@ -1,4 +1,4 @@
-"""Puts a fault into a candidate and holds that against the reference, with the code of `verify-parity` and its strict limits."""
+"""Puts a fault into a candidate and holds that against the reference, with the code of `verify-parity` and its limits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from mutation_kit.remembered import Remembered
 
 from kimi_vl.convert import convert
@@ -25,7 +26,7 @@ from kimi_vl.export.plan import open_converted
 from kimi_vl.verify.bisect import first_bad
 from kimi_vl.verify.candidates import CandidateError, inspect, open_candidate, require_same_model
 from kimi_vl.verify.cases import DEFAULT_SEED, build, select, suite
-from kimi_vl.verify.judge import Verdict, judge, load_profile
+from kimi_vl.verify.judge import Verdict, judge, suited
 from kimi_vl.verify.oracle import build_oracle
 from kimi_vl.verify.prompts import source_for
 from kimi_vl.verify.runner import run_suite
@@ -72,19 +73,20 @@ class Workshop:
     def __init__(self, room: Path) -> None:
         self.room = room
         self._made: dict[tuple[Any, ...], Path] = {}
-        self._references: dict[str, Remembered] = {}
+        self._references: dict[tuple[str, str], Remembered] = {}
 
     def clean(
         self,
         name: str,
         target: str = "ascend",
         through: str = "interpreter",
+        arithmetic: str = "lifted",
         batch: int = 1,
         cases: tuple[str, ...] = (),
     ) -> Verdict:
         """The verdict on a candidate without a fault."""
         model = MODELS[name]
-        return self._judged(model, self._bundle(model, target, batch), through, cases)
+        return self._judged(model, self._bundle(model, target, batch), through, arithmetic, cases)
 
     def examine(self, fault: Fault) -> Outcome:
         """Makes the fault, runs the verification on it, and takes it away again."""
@@ -92,7 +94,7 @@ class Workshop:
             with INJECT[fault.into](self, fault) as directory:
                 model = MODELS[fault.model]
                 try:
-                    verdict = self._judged(model, directory, fault.through, fault.cases)
+                    verdict = self._judged(model, directory, fault.through, fault.arithmetic, fault.cases)
                 except CandidateError as e:
                     return Outcome(fault, refused=str(e).replace(str(directory), "the candidate"))
                 return Outcome(fault, verdict, operator=self._operator(fault, model, directory, verdict))
@@ -153,16 +155,20 @@ class Workshop:
 
     # ---- verification ----------------------------------------------------------------------------------------------
 
-    def _judged(self, model: Model, directory: Path, through: str, cases: tuple[str, ...]) -> Verdict:
+    def _judged(
+        self, model: Model, directory: Path, through: str, arithmetic: str, cases: tuple[str, ...]
+    ) -> Verdict:
         source = model.source(self.room)
-        found = inspect(directory, through)
+        found = inspect(directory, through, arithmetic)
         config = require_same_model(source, found)
         plans = select(suite(config, found.limits), cases)
         reference = self._reference(model, source)
+        rounded = self._reference(model, source, found.rounded) if found.rounded else None
         inputs = source_for(source, config)
-        link = run_suite(reference, open_candidate(found), plans, inputs, DEFAULT_SEED)
+        candidate = open_candidate(found)
+        link = run_suite(reference, candidate, plans, inputs, DEFAULT_SEED, rounded=rounded)
         link["weights"] = compare(source, directory, config)
-        return judge(link, load_profile("strict"))
+        return judge(link, suited((), link["candidate"]))
 
     def _operator(self, fault: Fault, model: Model, directory: Path, verdict: Verdict) -> str:
         bad = verdict.first_bad
@@ -178,10 +184,11 @@ class Workshop:
             return f"not located ({e})"
         return f"{found.layer}: {found.point}" if found else ""
 
-    def _reference(self, model: Model, source: Path) -> Remembered:
-        if model.name not in self._references:
-            self._references[model.name] = Remembered.of(build_oracle(source))
-        return self._references[model.name]
+    def _reference(self, model: Model, source: Path, dtype: str = "float32") -> Remembered:
+        key = model.name, dtype
+        if key not in self._references:
+            self._references[key] = Remembered.of(build_oracle(source, getattr(torch, dtype)))
+        return self._references[key]
 
 
 def _export(converted: Path, path: Path, model: Model, target: str, batch: int) -> None:
