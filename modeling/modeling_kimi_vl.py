@@ -128,7 +128,7 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
             whichever a prompt fills best.
         max_image_patches: patches of the largest vision graph; default: what `in_token_limit` needs.
         kernels: backend of the operators, see `modeling.kernels`; default: that of MindSpore's device, "ascend" on
-            Ascend and else "plain".
+            Ascend, else "cpu" where the C++ operators are built (see `modeling.kernels.library`), else "plain".
     """
 
     def __init__(
@@ -295,6 +295,9 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
 def _backend(asked: str | None, dtype: ms.Type) -> str:
     """The kernels to take. Raises ConfigError: the device cannot run a model in `dtype` on them."""
     if running.device() != running.ASCEND:
+        if asked is None:
+            slower = not (library.available() or library.switched_off())
+            logger.log(logging.WARNING if slower else logging.INFO, library.describe())
         return asked or ("cpu" if library.available() else "plain")
     if asked not in (None, "ascend"):
         raise ConfigError(

@@ -50,7 +50,11 @@ def built() -> bool:
     Raises:
         ValueError: KIMI_VL_KERNELS is none of "on", "off" and "exact".
     """
-    return _switch() != "off" and path().exists()
+    return not switched_off() and path().exists()
+
+
+def switched_off() -> bool:
+    return _switch() == "off"
 
 
 def available() -> bool:
