@@ -166,12 +166,13 @@ def latent_attention(
 
 @rule("kimi_vision_attention", "kimi_vision_attention_rounded", result=_FP32)
 def vision_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
-    """All patches [N, heads, D] attend to the first `valid` [1] ones -> [N, heads * D]."""
+    """The first `valid` [1] patches of [N, heads, D] attend to each other -> [N, heads * D]; the rest is padding, and 0."""
     seen = int(valid)
     require(0 < seen <= len(k), f"has {seen} valid patches of {len(k)}")
     require(q.shape == k.shape == v.shape, "has queries, keys and values of several shapes")
-    q, k, v = (t.transpose(0, 1) for t in (q, k[:seen], v[:seen]))
-    return _attended(q, k, v, torch.zeros(1, dtype=torch.bool))
+    queries, keys, values = (t[:seen].transpose(0, 1) for t in (q, k, v))
+    y = _attended(queries, keys, values, torch.zeros(1, dtype=torch.bool))
+    return F.pad(y, (0, 0, 0, len(q) - seen))
 
 
 def _attended(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
