@@ -25,11 +25,22 @@ COLOURS = {
     "arithmetic, moves": "#e5e7eb",
 }
 KINDS = {
-    "products": ("MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense", "GroupedMatmul", "GroupedMatmulV4"),
-    "attention": ("FlashAttentionScore", "FusedInferAttentionScore", "PromptFlashAttention"),
-    "norms, activations": ("GeLU", "LayerNorm", "AddRmsNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu"),
+    "products": (
+        "MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense", "GroupedMatmul", "GroupedMatmulV4",
+        "kimi_linear",
+    ),
+    "attention": (
+        "FlashAttentionScore", "FusedInferAttentionScore", "PromptFlashAttention", "kimi_latent_attention",
+        "kimi_vision_attention", "kimi_vision_attention_rounded",
+    ),
+    "norms, activations": (
+        "GeLU", "LayerNorm", "AddRmsNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu", "kimi_add_rms_norm",
+        "kimi_gelu_erf", "kimi_gelu_tanh", "kimi_layer_norm", "kimi_rms_norm", "kimi_swiglu",
+    ),
     "cache": ("KVCacheScatterUpdate", "ScatterUpdate"),
-    "experts, routing": ("InnerMoeTokenUnpermute", "MoeInitRoutingV2", "TopK", "TopkExt"),
+    "experts, routing": (
+        "InnerMoeTokenUnpermute", "MoeInitRoutingV2", "TopK", "TopkExt", "kimi_experts", "kimi_router",
+    ),
 }  # fmt: skip
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 CHARACTER, LINE, ROW, GAP = 6.2, 14, 46, 26  # pixels of a letter, a line of text, between rows, between boxes

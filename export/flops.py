@@ -2,7 +2,7 @@
 
 Counted are products of matrices, two operations per multiplication and addition: linears, batched products, grouped ones
 by the rows that they are given (a token's k experts are k rows), and fused attention as two products over the whole window,
-at the head dims that the node has (padding included). Not counted is what works element by element: norms, activations,
+at the head dims that the node has (padding included), though the CPU operators stop at the last slot that is seen. Not counted is what works element by element: norms, activations,
 softmax, rotary products of fewer operations than that, routing, copies. It is below 1 % at the published dimensions.
 """
 
@@ -13,6 +13,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from .nodes import Node, Nodes, Tensor, flat
+
+FEW_ROWS = (
+    8  # up to so many tokens attend in latent space on a CPU: kFewRows of modeling/kernels/native/products.h
+)
 
 
 def _product(node: Node, operands: list[Tensor]) -> int:
@@ -40,6 +44,31 @@ def _attention(node: Node, operands: list[Tensor]) -> int:
     return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
 
 
+def _routed(node: Node, operands: list[Tensor]) -> int:
+    """Rows [R, H] to experts [E, H]."""
+    return 2 * math.prod(operands[1].shape) * operands[0].shape[0]
+
+
+def _experts(node: Node, operands: list[Tensor]) -> int:
+    """Rows [R, H] through down [E, I, H] and twice as much before it, for each of `indices` [R, k]."""
+    down, indices = operands[2].shape, operands[3].shape
+    return 6 * math.prod(indices) * down[1] * down[2]
+
+
+def _latent_attention(node: Node, operands: list[Tensor]) -> int:
+    """Queries [T, heads, nope] and [T, heads, rope] over a cache [S, lora + rope]; k_b and v_b [heads, ..., lora]."""
+    (tokens, heads, nope), rope, slots = operands[0].shape, operands[1].shape[2], operands[2].shape[0]
+    value, lora = operands[-1].shape[1:]
+    if tokens <= FEW_ROWS:  # queries into the latent space, and what is attended to out of it
+        return 2 * tokens * heads * (lora * (nope + value) + slots * (lora + rope + lora))
+    return 2 * slots * heads * (lora * (nope + value) + tokens * (nope + rope + value))
+
+
+def _vision_attention(node: Node, operands: list[Tensor]) -> int:
+    """Queries, keys and values [N, heads, D]."""
+    return 4 * operands[0].shape[0] * math.prod(operands[0].shape)
+
+
 PRODUCTS: dict[str, Callable[[Node, list[Tensor]], int]] = {
     "BatchMatMul": _product,
     "BatchMatMulExt": _product,
@@ -53,6 +82,12 @@ PRODUCTS: dict[str, Callable[[Node, list[Tensor]], int]] = {
     "MatMul": _product,
     "MatMulExt": _product,
     "PromptFlashAttention": _attention,
+    "kimi_experts": _experts,
+    "kimi_latent_attention": _latent_attention,
+    "kimi_linear": _dense,
+    "kimi_router": _routed,
+    "kimi_vision_attention": _vision_attention,
+    "kimi_vision_attention_rounded": _vision_attention,
 }
 
 

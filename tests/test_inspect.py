@@ -22,12 +22,14 @@ from traced import trace
 
 from kimi_vl.export import mindir, plan_export
 from kimi_vl.export.bundle import Bundle
+from kimi_vl.export.flops import FEW_ROWS
 from kimi_vl.export.inspect import cli
 from kimi_vl.export.nodes import read_nodes
 from kimi_vl.export.plan import GraphPlan, open_converted
 from kimi_vl.export.summary import Summary
 from kimi_vl.export.trace import Tracer
 from kimi_vl.modeling.configuration import ModelConfig
+from kimi_vl.modeling.kernels import library
 
 BF16 = "tiny8-bf16"
 needs_ascend = pytest.mark.skipif(not hasattr(ms, "DeviceCtx"), reason="Ascend graphs need MindSpore 2.10")
@@ -63,7 +65,7 @@ def text_flops(config: ModelConfig, tokens: int, context: int, logits: int) -> i
     nope, rope, v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
     attention = tokens * (h * heads * (nope + rope) + h * (lora + rope) + heads * v * h)
     if tokens == 1:  # in latent space
-        attention += heads * lora * (nope + v) + 2 * heads * context * (lora + rope)
+        attention += heads * lora * (nope + v) + heads * context * (lora + rope + lora)
     else:  # keys and values of the window first
         attention += context * lora * heads * (nope + v) + tokens * context * heads * (nope + rope + v)
     dense = 3 * h * c.intermediate_size
@@ -143,9 +145,27 @@ def test_weights_are_counted_where_they_are_used():
     directory = bundles.bundle(BF16)
     shown = json.loads(run(directory, "--json")[1])
     weights = Bundle.load(directory).weights
-    text = sum(4 * np.prod(w.shape) for name, w in weights.items() if name.startswith("language_model"))
-    rest = sum(4 * np.prod(w.shape) for name, w in weights.items() if not name.startswith("language_model"))
+    text = sum(w.nbytes for name, w in weights.items() if name.startswith("language_model"))
+    rest = sum(w.nbytes for name, w in weights.items() if not name.startswith("language_model"))
     assert shown["decode-256"]["weight_bytes"] == text and shown["vision-64"]["weight_bytes"] == rest
+
+
+def test_of_the_cpus_operators_flops_are_those_of_the_architecture():
+    config = ModelConfig.from_file(bundles.converted(BF16))
+    directory = bundles.bundle(BF16)
+    for name, graph in Bundle.load(directory).graphs.items():
+        summary = Summary.of_file(directory / graph.file)
+        if graph.patches:
+            expected = vision_flops(config, graph.patches)
+        else:
+            tokens = graph.tokens
+            expected = text_flops(config, tokens, graph.context, tokens if graph.kind != "prefill" else 1)
+        assert sum(summary.flops.values()) == pytest.approx(expected, rel=1e-3), name
+
+
+def test_few_tokens_are_as_many_as_the_library_takes_into_the_latent_space():
+    source = (Path(library.__file__).parent / "native" / "products.h").read_text()
+    assert f"kFewRows = {FEW_ROWS};" in source
 
 
 @needs_ascend
