@@ -89,7 +89,8 @@ def test_a_dry_run_shows_graphs_files_and_memory(tmp_path):
 
 
 def test_a_dry_run_gives_json(untraced):
-    status, out, err = run("--src", bundles.converted("tiny8-bf16"), *ARGUMENTS, "--dry-run", "--json")
+    with bundles.plain_graphs():
+        status, out, err = run("--src", bundles.converted("tiny8-bf16"), *ARGUMENTS, "--dry-run", "--json")
     shown = json.loads(out)
     assert status == 0 and "(widened from bfloat16)" in err
     config = ModelConfig.from_file(DATA / "tiny8-bf16").text

@@ -115,10 +115,11 @@ def inspect(path: str | Path, through: str | None = None, arithmetic: str = "lif
         rounded = ""
         if arithmetic == "rounded":
             rounded = bundle.parameter_dtype or bundle.dtype
-            if interpreted:
-                why = "its graphs compute in float32" if rounded == "float32" else None
+            has_operators = bundle.kernels == "cpu"
+            if interpreted:  # what the CPU operators give is fp32 beside bf16 weights
+                why = "its graphs compute in float32" if rounded == "float32" or has_operators else None
             else:
-                why = _why_unrounded(rounded, bundle.kernels == "cpu")
+                why = _why_unrounded(rounded, has_operators)
             if why:
                 raise CandidateError(f"--arithmetic: {path} cannot be rounded, {why}; leave it out")
         return Found(path, "bundle", config, limits, bundle.taps, bundle.target, interpreted, rounded)
