@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kimi_vl.export.mindir import REFERENCE
+from kimi_vl.export.mindir import CUSTOM, REFERENCE
 from kimi_vl.export.proto import pb
 
 Edit = Callable[[Any], None]
@@ -61,10 +61,15 @@ def primitive(number: int, change: Callable[[Any], None]) -> Edit:
 
 
 def operator(number: int, name: str) -> Edit:
-    """Node `number` is another operator."""
+    """Node `number` is another operator, one of the library too if it was."""
 
     def change(primitive: Any) -> None:
-        primitive.op_type = name
+        if primitive.op_type != CUSTOM:
+            primitive.op_type = name
+            return
+        for attribute in primitive.attribute:
+            if attribute.name == "func_name":
+                attribute.s = name.encode()
 
     return primitive(number, change)
 

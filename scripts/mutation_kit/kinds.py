@@ -7,7 +7,7 @@ Of many possible ones it draws some. None is without effect by construction; wha
 * two operands of an operator that does not care for their order, and another value that is the same one
   (:meth:`View.same`);
 * another name for an axis (-1 for the last one), and moving axes of length 1 past each other;
-* attributes that only name things (`input_names`, `output_names`) or tell the compiler of side effects.
+* attributes that only name things (`input_names`, `output_names`) or tell the compiler of side effects and derivatives.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from .graphs import SAME, View
 Change = tuple[str, Edit]
 Kind = Callable[[View, Node, np.random.Generator], Iterator[Change]]
 
-# Their first two operands may be swapped; AddRmsNorm begins with a sum.
-COMMUTATIVE = ("Add", "AddRmsNorm", "Mul", "Maximum", "Minimum", "Equal", "NotEqual")
+# Their first two operands may be swapped; a norm of a sum begins with the sum.
+COMMUTATIVE = ("Add", "AddRmsNorm", "kimi_add_rms_norm", "Mul", "Maximum", "Minimum", "Equal", "NotEqual")
 SIBLINGS = (
     ("Add", "Sub", "Mul", "Div", "Maximum", "Minimum"),
     ("Greater", "GreaterEqual", "Less", "LessEqual", "Equal", "NotEqual"),
     ("Sigmoid", "SiLU", "GeLU", "Tanh", "Erf", "ReLU"),
+    ("kimi_gelu_tanh", "kimi_gelu_erf"),
     ("Sin", "Cos"),
     ("Neg", "Abs", "Exp", "Square"),
     ("Rsqrt", "Sqrt"),
@@ -57,6 +58,7 @@ SIZES = {"SplitWithSize": (1,), "Reshape": (1,), "BroadcastTo": (1,), "ConstantP
 OTHERWISE = (AXES, PERMUTATIONS, BOUNDS, SIZES)
 NAMES = (
     "input_names", "output_names", "side_effect_mem", "side_effect_io", "side_effect_propagate", "use_locking",
+    "autodiff", "multi_output",
 )  # fmt: skip
 DTYPES = {  # of a Cast: TypeId -> others of its kind
     30: (34,), 34: (35, 33), 35: (34,), 42: (43, 45), 43: (45, 42), 45: (43, 42),
