@@ -83,11 +83,12 @@ class Target:
 
 TEMPLATES = Path(__file__).parent / "templates"
 VARIANTS = ("fused", "plain")
-CPU_OPERATORS = "cpu"  # the module of kernels that calls the library, where it was built
+PLAIN = "plain"  # modules of kernels: plain graphs, and
+CPU_OPERATORS = "cpu"  # those that call the library, where it was built
 FLAT_WRITES = ("scatter-update", "index-copy")  # take a cache parameter without an axis for the batch
 CACHE_WRITES = ("scatter", "scatter-nd", *FLAT_WRITES)
 TARGETS = {
-    "cpu": Target("cpu", "plain", "float32", widens=True, cache_shapes=cache_per_row),
+    "cpu": Target("cpu", PLAIN, "float32", widens=True, cache_shapes=cache_per_row),
     "ascend": Target(
         "ascend",
         "ascend",
@@ -452,7 +453,7 @@ def _target(
         raise ExportError(
             f"--cache-write: {cache_write}, but target {target.name} has {', '.join(target.cache_writes)}"
         )
-    if target.name == "cpu" and library.built():
+    if target.kernels == PLAIN and library.built():
         target = replace(target, kernels=CPU_OPERATORS, widens=False)
     if target.runtime:
         if weights.dtype not in ("bfloat16", "float16"):

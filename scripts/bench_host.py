@@ -130,7 +130,7 @@ def without_weights(
             cells[key] = running.prepared(
                 ReadyGraph(
                     model.language_model, model.kernels, model.model_config, batch, tokens, slots,
-                    model.held_dtype, taps,
+                    model.activation_dtype, taps,
                 )
             )  # fmt: skip
         return cells[key]

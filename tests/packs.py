@@ -40,7 +40,7 @@ def oracle() -> Oracle:
 
 @functools.cache
 def bundle(target: str, taps: bool = True, batch: int = 1) -> Path:
-    """A small bundle; not to be changed. Without taps it is the same but for the graphs that have them."""
+    """A small bundle, for the CPU of plain graphs, which a device's player takes; not to be changed. Without taps it is the same but for the graphs that have them."""
     path = Path(_room().name) / f"{target}-{taps}-{batch}"
     if not taps:
         shutil.copytree(bundle(target), path)
@@ -53,7 +53,8 @@ def bundle(target: str, taps: bool = True, batch: int = 1) -> Path:
         "taps": True,
         "batch": batch,
     }
-    export(plan_export(open_converted(bundles.converted("tiny8-bf16")), **sizes, target=target), path)
+    with bundles.plain_graphs():
+        export(plan_export(open_converted(bundles.converted("tiny8-bf16")), **sizes, target=target), path)
     return path
 
 

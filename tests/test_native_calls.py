@@ -180,7 +180,7 @@ import native
 native.library().kimi_set_threads(2)
 native.run("gelu_tanh", np.ones((100, 1000), np.float32))  # the threads are there
 q = np.ones((300_000, 2, 64), np.float32)  # 77 MB for a head: a thread may hold 64 in reserve
-arrays = [q, q, q, native.array(64, dtype=native.I32), np.empty((300_000, 128), np.float32)]
+arrays = [q, q, q, native.array(300_000, dtype=native.I32), np.empty((300_000, 128), np.float32)]
 arguments, _alive = native.pointers(arrays, [a.shape for a in arrays], [str(a.dtype).encode() for a in arrays])
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), -1))

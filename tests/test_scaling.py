@@ -68,7 +68,8 @@ def test_taps_and_rows_of_a_batch_are_no_obstacle(traces):
 def test_where_the_number_of_blocks_changes_graphs_are_traced(traces, monkeypatch):
     monkeypatch.setattr("kimi_vl.modeling.kernels.plain.SCORE_BLOCK", 1 << 12)
     monkeypatch.setattr("kimi_vl.modeling.kernels.plain.SMALLEST_BLOCK", 32)
-    made, of_kind = families("cpu")
+    with bundles.plain_graphs():
+        made, of_kind = families("cpu")
     tracer = Tracer(made.config, made.target, 1)
     assert {graph.name for graph, _ in tracer.family(of_kind["vision"])} == set(traces)
 

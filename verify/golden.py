@@ -19,11 +19,13 @@ from ..export.bundle import MANIFEST, Bundle, GraphRecord
 from ..export.device import device_play
 from ..export.device.device_pack import Pack, file_hash, write_pack
 from ..export.load import BundleGraphs, rows_together
+from ..export.plan import CPU_OPERATORS
 from ..export.weights import SharedWeights, check_files
 from ..modeling.cache import LatentCache
 from ..modeling.configuration import ModelConfig
 from ..modeling.engine import Engine, Row
 from ..modeling.forward import KimiVLForward
+from ..modeling.kernels import library
 from .cases import SUITE_VERSION, Case, Plan, Source, build
 from .golden_answers import PackArrays, columns, expected_answers
 from .golden_limits import exact_limits, rounding_limits
@@ -55,10 +57,15 @@ def record(
     """Writes the pack of these cases for the bundle in `directory`.
 
     Raises:
-        GoldenError: the bundle, interpreted, is not within the strict limits of the reference.
+        GoldenError: the bundle, interpreted, is not within the strict limits of the reference, or cannot be played.
         BundleError, PackError: the bundle is damaged; the pack is too large.
     """
     bundle = Bundle.load(directory)
+    if bundle.kernels == CPU_OPERATORS:
+        raise GoldenError(
+            f"{directory}: its graphs call the library of CPU operators, which what plays a pack does not have; export with "
+            f"{library.SWITCH}=off"
+        )
     check_files(directory, bundle, verify=True)
     weights = SharedWeights(directory, bundle, verify=True)
     arrays = PackArrays()

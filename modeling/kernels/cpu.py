@@ -1,10 +1,10 @@
 """Custom operators in C++ (`native`) for CPUs: weights are read where they lie, in bf16 or fp32, activations are fp32.
 
 MindSpore's own CPU kernels cannot multiply bf16 and copy the weights of chosen experts. These read bf16 weights from a
-memory-mapped file; a single token's products are computed in fp32, those of more rows (`FEW_ROWS`) round their input to
+memory-mapped file; products of few rows are computed in fp32, those of more than 8 rows round their input to
 bf16 where the machine has instructions for that and :func:`library.set_exact` does not forbid it.
 
-The library's path is part of a traced graph. Bundles hold a placeholder instead, see ``export.mindir``.
+The library's path is part of a traced graph. Bundles hold the operators' names alone, see ``export.mindir``.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ def available() -> bool:
 
 def why_not() -> str | None:
     """Why the operators cannot be used, and what to do; None if they can."""
+    if switched_off():
+        return f"switched off by {SWITCH}=off; plain graphs are used, which are slower"
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
@@ -142,9 +144,10 @@ def exactly(exact: bool) -> Iterator[None]:
 
 
 def _library() -> ctypes.CDLL:
+    if reason := why_not():
+        raise Unusable(f"CPU operators: {reason}")
     loaded = _load()
-    if isinstance(loaded, str):
-        raise Unusable(f"CPU operators: {loaded}")
+    assert not isinstance(loaded, str)
     return loaded
 
 
@@ -158,9 +161,6 @@ def _switch() -> str:
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, ready for use, or why there is none."""
-    wanted = _switch()
-    if wanted == "off":
-        return f"switched off by {SWITCH}=off; plain graphs are used, which are slower"
     file = path()
     if not file.exists():
         return (
@@ -178,8 +178,10 @@ def _load() -> ctypes.CDLL | str:
     if version != VERSION:
         return f"{file.name} has version {version}, expected {VERSION}; plain graphs are used, which are slower; reinstall"
     for name, (result, arguments) in SETTINGS.items():
-        function = getattr(library, f"kimi_{name}")
+        function = getattr(library, f"kimi_{name}", None)
+        if function is None:
+            return f"{file.name} has no kimi_{name}; plain graphs are used, which are slower; reinstall"
         function.restype, function.argtypes = result, arguments
     library.kimi_set_threads(thread_count())
-    library.kimi_set_exact(wanted == "exact")
+    library.kimi_set_exact(_switch() == "exact")
     return library
