@@ -151,11 +151,6 @@ def pointing(model: Any) -> dict[str, Place]:
     }
 
 
-def uses_library(model: Any) -> bool:
-    """Whether a graph calls operators of the library of CPU operators."""
-    return any(p.op_type == CUSTOM for p in model.primitives)
-
-
 def set_library(model: Any, path: Path | None) -> None:
     """Let operators of the library be found in this file; None leaves their names alone, which are the same everywhere."""
     for primitive in model.primitives:

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "memory.h"
 #include "pool.h"
@@ -14,9 +13,6 @@ namespace kimi {
 namespace {
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
-
-void put(int64_t n, const float *x, float *y) { std::memcpy(y, x, n * sizeof(float)); }
-void put(int64_t n, const float *x, bf16 *y) { isa().round(n, x, y); }
 
 // Flash attention ----------------------------------------------------------------------------------------------------
 

@@ -58,18 +58,12 @@ int64_t parts(int64_t groups, int64_t columns) {
   return parts;
 }
 
-// A group's rows of x, in the type that a product takes.
-void gather(const Routing &routing, const Group &g, int64_t k, int64_t h, const float *x, float *to) {
+// A group's rows of x.
+template <class A>
+void gather(const Routing &routing, const Group &g, int64_t k, int64_t h, const A *x, A *to) {
   for (int64_t r = 0; r < g.count; ++r)
-    std::memcpy(to + r * h, x + routing.places[g.first + r] / k * h, h * sizeof(float));
+    std::memcpy(to + r * h, x + routing.places[g.first + r] / k * h, h * sizeof(A));
 }
-void gather(const Routing &routing, const Group &g, int64_t k, int64_t h, const bf16 *x, bf16 *to) {
-  for (int64_t r = 0; r < g.count; ++r)
-    std::memcpy(to + r * h, x + routing.places[g.first + r] / k * h, h * sizeof(bf16));
-}
-
-void put(int64_t n, const float *x, float *y) { std::memcpy(y, x, n * sizeof(float)); }
-void put(int64_t n, const float *x, bf16 *y) { isa().round(n, x, y); }
 
 // y [count, n] = x [count, k] w. Rows up to `padded` may be written in y, and exist in x.
 template <class W>

@@ -71,4 +71,8 @@ inline void axpy(int64_t t, int64_t n, int64_t k, const float *x, int64_t ldx, c
   isa().axpy_f32(t, n, k, x, ldx, w, ldw, y, ldy);
 }
 
+// n numbers in the type that a product takes.
+inline void put(int64_t n, const float *x, float *y) { std::memcpy(y, x, n * sizeof(float)); }
+inline void put(int64_t n, const float *x, bf16 *y) { isa().round(n, x, y); }
+
 }  // namespace kimi

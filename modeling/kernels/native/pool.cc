@@ -49,8 +49,6 @@ class Pool {
     for (auto &worker : workers_) worker.join();
   }
 
-  int size() const { return int(workers_.size()) + 1; }
-
   void run(int64_t units, const std::function<void(int64_t, int)> &work) {
     if (units <= 1 || workers_.empty()) {
       for (int64_t i = 0; i < units; ++i) work(i, 0);

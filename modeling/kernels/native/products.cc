@@ -44,6 +44,16 @@ bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const float *w
   return linear_onednn(t, n, k, x, w, y);
 }
 
+// `product` without oneDNN.
+template <class W>
+void own_product(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const W *b, int64_t ldb, bool transposed,
+                 float *c, int64_t ldc, bool accumulate) {
+  if (transposed) return dot(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  if (!accumulate)
+    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, 0.f);
+  add_rows(m, n, k, a, lda, b, ldb, c, ldc);
+}
+
 }  // namespace
 
 bool can_round() { return onednn::has_bf16() && isa().packed; }
@@ -85,10 +95,7 @@ template <>
 void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, bool transposed,
              float *c, int64_t ldc, bool accumulate) {
   if (m > 1 && onednn::matmul(m, n, k, a, lda, b, ldb, transposed, c, ldc, accumulate)) return;
-  if (transposed) return dot(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
-  if (!accumulate)
-    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, 0.f);
-  add_rows(m, n, k, a, lda, b, ldb, c, ldc);
+  own_product(m, n, k, a, lda, b, ldb, transposed, c, ldc, accumulate);
 }
 
 template <>
@@ -97,10 +104,7 @@ void product(int64_t m, int64_t n, int64_t k, const bf16 *a, int64_t lda, const 
   if (onednn::matmul(m, n, k, a, lda, b, ldb, transposed, c, ldc, accumulate)) return;
   auto wide = scratch<float>(m * k);
   for (int64_t i = 0; i < m; ++i) isa().widen(k, a + i * lda, wide.get() + i * k);
-  if (transposed) return dot(m, n, k, wide.get(), k, b, ldb, c, ldc, accumulate);
-  if (!accumulate)
-    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, 0.f);
-  add_rows(m, n, k, wide.get(), k, b, ldb, c, ldc);
+  own_product(m, n, k, wide.get(), k, b, ldb, transposed, c, ldc, accumulate);
 }
 
 template <class W>
