@@ -82,7 +82,7 @@ void absorbed(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
   const int64_t width = s.lora + s.rope, rows = t * s.heads, length = start + t;
   const float scale = 1.f / std::sqrt(float(s.nope + s.rope));
   auto queries = scratch<float>(rows * width);
-  parallel(s.heads, [&](int64_t h, int) {
+  parallel(s.heads, [&](int64_t h) {
     for (int64_t r = 0; r < t; ++r) {
       float *to = queries.get() + (r * s.heads + h) * width;
       std::fill_n(to, s.lora, 0.f);
@@ -98,7 +98,7 @@ void absorbed(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
   const int64_t blocks = (length + block - 1) / block;
   auto sums = scratch<float>(blocks * rows * s.lora);
   auto largest = scratch<float>(blocks * rows), total = scratch<float>(blocks * rows);
-  parallel(blocks, [&](int64_t b, int) {
+  parallel(blocks, [&](int64_t b) {
     const int64_t first = b * block, slots = std::min(block, length - first);
     const float *from = cache + first * width;
     auto scores = scratch<float>(rows * slots);
@@ -116,7 +116,7 @@ void absorbed(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
     axpy(rows, s.lora, slots, scores.get(), slots, from, width, to, s.lora);
   });
 
-  parallel(s.heads, [&](int64_t h, int) {
+  parallel(s.heads, [&](int64_t h) {
     auto latent = scratch<float>(s.lora);
     for (int64_t r = h; r < rows; r += s.heads) {
       float most = kNothing, all = 0.f;
@@ -144,7 +144,7 @@ void expanded(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
   const int64_t width = s.lora + s.rope, dim = s.nope + s.rope, length = start + t, padded = rounded_up(length, kStep);
   const float scale = 1.f / std::sqrt(float(dim));
   auto latent = scratch<E>(padded * s.lora), rope = scratch<E>(padded * s.rope);
-  parallel(padded / kStep, [&](int64_t unit, int) {
+  parallel(padded / kStep, [&](int64_t unit) {
     for (int64_t r = unit * kStep; r < (unit + 1) * kStep; ++r) {
       if (r < length) {
         put(s.lora, cache + r * width, latent.get() + r * s.lora);
@@ -157,7 +157,7 @@ void expanded(const LatentSizes &s, int64_t t, int64_t start, const float *q_nop
   });
 
   const int64_t per_part = queries_of_part(t, s.heads), parts = (t + per_part - 1) / per_part;
-  parallel(s.heads * parts, [&](int64_t unit, int) {
+  parallel(s.heads * parts, [&](int64_t unit) {
     const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, t - first);
     auto keys = scratch<E>(padded * dim), values = scratch<E>(s.value * padded);
     auto wide = scratch<float>(kKeys * std::max(s.nope, s.value));
@@ -220,7 +220,7 @@ void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const fl
   const float scale = 1.f / std::sqrt(float(dim));
   std::fill_n(y + valid * ld, (n - valid) * ld, 0.f);
   const int64_t per_part = queries_of_part(valid, heads), parts = (valid + per_part - 1) / per_part;
-  parallel(heads * parts, [&](int64_t unit, int) {
+  parallel(heads * parts, [&](int64_t unit) {
     const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, valid - first);
     auto queries = scratch<E>(rows * dim), keys = scratch<E>(padded * dim), values = scratch<E>(dim * padded);
     auto turned = scratch<float>(dim * kStep), row = scratch<float>(dim);

@@ -86,7 +86,7 @@ void compute(const Routing &routing, int64_t t, int64_t h, int64_t i, int64_t k,
   auto hidden = scratch<A>(t * k * i);
 
   const int64_t up_parts = parts(groups, i), up_width = i / up_parts;
-  parallel(groups * up_parts, [&](int64_t unit, int) {
+  parallel(groups * up_parts, [&](int64_t unit) {
     const Group &g = routing.groups[unit / up_parts];
     const int64_t padded = rounded_up(g.count, step), column = unit % up_parts * up_width;
     auto rows = scratch<A>(padded * h);
@@ -108,7 +108,7 @@ void compute(const Routing &routing, int64_t t, int64_t h, int64_t i, int64_t k,
   });
 
   const int64_t down_parts = parts(groups, h), down_width = h / down_parts;
-  parallel(groups * down_parts, [&](int64_t unit, int) {
+  parallel(groups * down_parts, [&](int64_t unit) {
     const Group &g = routing.groups[unit / down_parts];
     const int64_t padded = rounded_up(g.count, step), column = unit % down_parts * down_width;
     const W *w = down + g.expert * i * h + column;
@@ -151,7 +151,7 @@ bool experts(int64_t t, int64_t h, int64_t i, int64_t e, int64_t k, const float 
   if (!compute_rounded(routing, t, h, i, k, x, gate_up, down, out.get()))
     compute(routing, t, h, i, k, x, gate_up, down, out.get());
   const int64_t tokens = t < 16 ? std::max<int64_t>(1, t) : 8;
-  parallel((t + tokens - 1) / tokens, [&](int64_t unit, int) {
+  parallel((t + tokens - 1) / tokens, [&](int64_t unit) {
     for (int64_t r = unit * tokens; r < std::min(t, (unit + 1) * tokens); ++r) {
       float *to = y + r * h;
       std::fill_n(to, h, 0.f);

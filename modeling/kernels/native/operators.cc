@@ -89,7 +89,7 @@ template <class F>
 void for_rows(int64_t rows, int64_t width, F f) {
   constexpr int64_t kWorth = 16 << 10;
   const int64_t step = std::max<int64_t>(1, kWorth / width);
-  parallel((rows + step - 1) / step, [&](int64_t unit, int) {
+  parallel((rows + step - 1) / step, [&](int64_t unit) {
     for (int64_t r = unit * step; r < std::min(rows, (unit + 1) * step); ++r) f(r);
   });
 }

@@ -37,7 +37,7 @@ int usable_cores() {
 class Pool {
  public:
   explicit Pool(int count) {
-    for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { serve(i); });
+    for (int i = 1; i < count; ++i) workers_.emplace_back([this] { serve(); });
   }
   ~Pool() {
     {
@@ -49,9 +49,9 @@ class Pool {
     for (auto &worker : workers_) worker.join();
   }
 
-  void run(int64_t units, const std::function<void(int64_t, int)> &work) {
+  void run(int64_t units, const std::function<void(int64_t)> &work) {
     if (units <= 1 || workers_.empty()) {
-      for (int64_t i = 0; i < units; ++i) work(i, 0);
+      for (int64_t i = 0; i < units; ++i) work(i);
       return;
     }
     work_ = &work;
@@ -63,28 +63,28 @@ class Pool {
       round_.fetch_add(1, std::memory_order_release);
     }
     if (sleeping_.load() > 0) wake_.notify_all();
-    take(0);
+    take();
     while (busy_.load(std::memory_order_acquire) > 0) relax();
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
-  void take(int thread) {
+  void take() {
     try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) (*work_)(i, thread);
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) (*work_)(i);
     } catch (...) {  // for the caller, when no thread works for it any more
       std::lock_guard<std::mutex> lock(mutex_);
       failure_ = std::current_exception();
     }
   }
 
-  void serve(int thread) {
+  void serve() {
     uint64_t seen = 0;
     for (;;) {
       wait(seen);
       seen = round_.load(std::memory_order_acquire);
       if (stop_) return;
-      take(thread);
+      take();
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -110,7 +110,7 @@ class Pool {
   std::atomic<int> sleeping_{0}, busy_{0};
   std::atomic<int64_t> next_{0};
   int64_t units_ = 0;
-  const std::function<void(int64_t, int)> *work_ = nullptr;
+  const std::function<void(int64_t)> *work_ = nullptr;
   std::exception_ptr failure_;
   bool stop_ = false;
 };
@@ -127,7 +127,7 @@ Shared &shared() {
 
 }  // namespace
 
-void parallel(int64_t units, const std::function<void(int64_t, int)> &work) {
+void parallel(int64_t units, const std::function<void(int64_t)> &work) {
   Shared &s = shared();
   std::lock_guard<std::mutex> lock(s.mutex);
   if (!s.pool) s.pool = std::make_unique<Pool>(s.count);

@@ -28,7 +28,7 @@ template <class W>
 bool linear_onednn(int64_t t, int64_t n, int64_t k, const W *x, const W *w, float *y) {
   const int64_t slice = rounded_up((n + threads() - 1) / threads(), 64);
   std::atomic<bool> done{true};
-  parallel((n + slice - 1) / slice, [&](int64_t unit, int) {
+  parallel((n + slice - 1) / slice, [&](int64_t unit) {
     const int64_t first = unit * slice, count = std::min(slice, n - first);
     if (!onednn::matmul(t, count, k, x, k, w + first * k, k, true, y + first, n, false)) done = false;
   });
@@ -63,7 +63,7 @@ void set_exact(bool value) { exact = value; }
 
 void round_rows(int64_t t, int64_t k, const float *x, bf16 *y) {
   const int64_t rows = std::max<int64_t>(1, (32 << 10) / k);
-  parallel((t + rows - 1) / rows, [&](int64_t unit, int) {
+  parallel((t + rows - 1) / rows, [&](int64_t unit) {
     const int64_t first = unit * rows, count = std::min(rows, t - first);
     isa().round(count * k, x + first * k, y + first * k);
   });
@@ -73,7 +73,7 @@ template <class W>
 void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W *bias, float *y) {
   if (t <= kFewRows || !fits_onednn(W{}) || !linear_many(t, n, k, x, w, y)) {
     const int64_t rows = rows_of_unit(n, k, sizeof(W));
-    parallel((n + rows - 1) / rows, [&](int64_t unit, int) {
+    parallel((n + rows - 1) / rows, [&](int64_t unit) {
       const int64_t first = unit * rows, count = std::min(rows, n - first);
       dot(t, count, k, x, k, w + first * k, k, y + first, n);
     });
@@ -82,7 +82,7 @@ void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W
     auto wide = scratch<float>(n);
     for (int64_t i = 0; i < n; ++i) wide[i] = to_float(bias[i]);
     const int64_t rows = std::max<int64_t>(1, (64 << 10) / n);
-    parallel((t + rows - 1) / rows, [&](int64_t unit, int) {
+    parallel((t + rows - 1) / rows, [&](int64_t unit) {
       for (int64_t r = unit * rows; r < std::min(t, (unit + 1) * rows); ++r)
         isa().add(n, y + r * n, wide.get(), y + r * n);
     });
