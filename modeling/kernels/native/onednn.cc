@@ -21,7 +21,7 @@ struct version_t {
 
 constexpr int kCpu = 1, kBf16 = 2, kF32 = 3, kDefaultStream = 1;
 constexpr int kSrc = 1, kWeights = 33, kDst = 17;
-constexpr int kAvx512Bf16 = 0xef;  // bits of avx512_core_bf16 in dnnl_cpu_isa_t
+constexpr int kAvx512Bf16 = 0xe7;  // bits of avx512_core_bf16 in dnnl_cpu_isa_t
 
 struct Library {
   handle engine = nullptr;
