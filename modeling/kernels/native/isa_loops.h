@@ -14,8 +14,12 @@ typedef uint16_t vh_any __attribute__((vector_size(2 * WIDTH), aligned(2), may_a
 
 INLINE vf load(const float *p) { return *reinterpret_cast<const vf_any *>(p); }
 INLINE vf load(const bf16 *p) {
+#if WIDTH == 16 && defined(__GNUC__) && !defined(__clang__)  // GCC 12 makes five instructions of the conversion
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16);
+#else
   const vh h = *reinterpret_cast<const vh_any *>(p);
   return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 INLINE void store(float *p, vf x) { *reinterpret_cast<vf_any *>(p) = x; }
 INLINE vf broadcast(float x) { return x - (vf){}; }
@@ -36,14 +40,21 @@ INLINE float sum(vf x) {
 }
 INLINE void ahead(const char *p) { __builtin_prefetch(p); }
 
+// Weights are read as fast as memory gives them only in one run from front to back, a line at a time, and with what comes
+// next asked for early: hardware looks no further than the end of a page.
+constexpr int kLine = 64;
+constexpr int kNumbersOfStep = 32;  // a line of bf16
+constexpr int64_t kAhead = 8 << 10;
+
 // Dot products -------------------------------------------------------------------------------------------------------
 
-// TR rows of x with NR rows of w at once, while the next NR rows are asked for: at the published width a row is a page of
-// memory, whose address has to be found first. Where that makes few sums, each is split, so that no addition has to wait.
+// TR rows of x with NR rows of w at once, while the next NR rows are asked for. One row of x takes one row of w: its sum is
+// split, so that no addition has to wait.
 template <class W, int TR, int NR>
 INLINE void dot_tile(int64_t k, const float *x, int64_t ldx, const W *w, int64_t ldw, float *y, int64_t ldy,
                      bool accumulate) {
-  constexpr int U = TR * NR == 1 ? 4 : TR * NR <= 4 ? 2 : 1;
+  constexpr int U = TR * NR == 1 ? kNumbersOfStep / WIDTH : TR * NR <= 4 ? 2 : 1;
+  const int64_t next = NR == 1 ? kAhead / int64_t(sizeof(W)) : NR * ldw;
   vf sums[TR][NR][U] = {};
   int64_t i = 0;
   for (; i + U * WIDTH <= k; i += U * WIDTH) {
@@ -56,8 +67,8 @@ INLINE void dot_tile(int64_t k, const float *x, int64_t ldx, const W *w, int64_t
       }
     }
     for (int n = 0; n < NR; ++n)
-      for (int64_t line = 0; line < int64_t(U * WIDTH * sizeof(W)); line += 64)
-        ahead(reinterpret_cast<const char *>(w + (n + NR) * ldw + i) + line);
+      for (int64_t line = 0; line < int64_t(U * WIDTH * sizeof(W)); line += kLine)
+        ahead(reinterpret_cast<const char *>(w + n * ldw + i + next) + line);
   }
   for (int t = 0; t < TR; ++t)
     for (int n = 0; n < NR; ++n) {
@@ -73,7 +84,7 @@ INLINE void dot_tile(int64_t k, const float *x, int64_t ldx, const W *w, int64_t
 template <class W, int TR>
 INLINE void dot_rows(int64_t n, int64_t k, const float *x, int64_t ldx, const W *w, int64_t ldw, float *y, int64_t ldy,
                      bool accumulate) {
-  constexpr int NR = WIDTH == 16 || TR == 1 ? 4 : 2;
+  constexpr int NR = TR == 1 ? 1 : WIDTH == 16 ? 4 : 2;
   int64_t i = 0;
   for (; i + NR <= n; i += NR) dot_tile<W, TR, NR>(k, x, ldx, w + i * ldw, ldw, y + i, ldy, accumulate);
   for (; i < n; ++i) dot_tile<W, TR, 1>(k, x, ldx, w + i * ldw, ldw, y + i, ldy, accumulate);
@@ -98,18 +109,27 @@ static void dot_f32(int64_t t, int64_t n, int64_t k, const float *x, int64_t ldx
 
 // Sums of rows -------------------------------------------------------------------------------------------------------
 
-// KR rows of w at once into TR rows of y, so that y, which stays in the first cache, is read and written less often.
+// KR rows of w at once into TR rows of y, which stay in the first cache: the more rows of y, the more it pays to read and
+// write them less often.
 template <class W, int TR, int KR>
 INLINE void axpy_tile(int64_t n, const float *x, int64_t ldx, const W *w, int64_t ldw, float *y, int64_t ldy) {
+  constexpr int U = kNumbersOfStep / WIDTH;
+  const int64_t next = KR == 1 ? kAhead / int64_t(sizeof(W)) : KR * ldw;
   int64_t i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) {
-    vf sums[TR];
-    for (int t = 0; t < TR; ++t) sums[t] = load(y + t * ldy + i);
-    for (int k = 0; k < KR; ++k) {
-      const vf weights = load(w + k * ldw + i);
-      for (int t = 0; t < TR; ++t) sums[t] += weights * x[t * ldx + k];
+  for (; i + U * WIDTH <= n; i += U * WIDTH) {
+    for (int u = 0; u < U; ++u) {
+      const int64_t at = i + u * WIDTH;
+      vf sums[TR];
+      for (int t = 0; t < TR; ++t) sums[t] = load(y + t * ldy + at);
+      for (int k = 0; k < KR; ++k) {
+        const vf weights = load(w + k * ldw + at);
+        for (int t = 0; t < TR; ++t) sums[t] += weights * x[t * ldx + k];
+      }
+      for (int t = 0; t < TR; ++t) store(y + t * ldy + at, sums[t]);
     }
-    for (int t = 0; t < TR; ++t) store(y + t * ldy + i, sums[t]);
+    for (int k = 0; k < KR; ++k)
+      for (int64_t line = 0; line < int64_t(kNumbersOfStep * sizeof(W)); line += kLine)
+        ahead(reinterpret_cast<const char *>(w + k * ldw + i + next) + line);
   }
   for (; i < n; ++i)
     for (int t = 0; t < TR; ++t)
@@ -118,7 +138,7 @@ INLINE void axpy_tile(int64_t n, const float *x, int64_t ldx, const W *w, int64_
 
 template <class W, int TR>
 INLINE void axpy_rows(int64_t n, int64_t k, const float *x, int64_t ldx, const W *w, int64_t ldw, float *y, int64_t ldy) {
-  constexpr int KR = 8;
+  constexpr int KR = TR == 1 ? 1 : TR == 2 ? 2 : 8;
   int64_t i = 0;
   for (; i + KR <= k; i += KR) axpy_tile<W, TR, KR>(n, x + i, ldx, w + i * ldw, ldw, y, ldy);
   for (; i < k; ++i) axpy_tile<W, TR, 1>(n, x + i, ldx, w + i * ldw, ldw, y, ldy);

@@ -12,11 +12,11 @@ namespace {
 
 std::atomic<bool> exact{false};
 
-// Rows of weights that one thread takes at a time: enough that taking is cheap, few enough that the last one is not
-// waited for.
+// Rows of weights that one thread takes at a time: long runs of memory, but short enough that the last one is not waited
+// for.
 int64_t rows_of_unit(int64_t n, int64_t k, size_t itemsize) {
   const int64_t fair = std::max<int64_t>(1, n / (8 * threads()));
-  const int64_t bytes = std::max<int64_t>(4, (128 << 10) / int64_t(k * itemsize));
+  const int64_t bytes = std::max<int64_t>(4, (1 << 20) / int64_t(k * itemsize));
   return rounded_up(std::min(fair, bytes), 4);
 }
 
