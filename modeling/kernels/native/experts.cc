@@ -58,11 +58,15 @@ int64_t parts(int64_t groups, int64_t columns) {
   return parts;
 }
 
+// From one row of what is kept between two products to the next: rows of a power of two, one right after the other, would
+// fall into the same few lines of a cache.
+int64_t spaced(int64_t width) { return width + 32; }
+
 // A group's rows of x.
 template <class A>
-void gather(const Routing &routing, const Group &g, int64_t k, int64_t h, const A *x, A *to) {
+void gather(const Routing &routing, const Group &g, int64_t k, int64_t h, const A *x, A *to, int64_t ld) {
   for (int64_t r = 0; r < g.count; ++r)
-    std::memcpy(to + r * h, x + routing.places[g.first + r] / k * h, h * sizeof(A));
+    std::memcpy(to + r * ld, x + routing.places[g.first + r] / k * h, h * sizeof(A));
 }
 
 // y [count, n] = x [count, k] w. Rows up to `padded` may be written in y, and exist in x.
@@ -83,27 +87,29 @@ void compute(const Routing &routing, int64_t t, int64_t h, int64_t i, int64_t k,
              const W *down, float *out) {
   const int64_t step = sizeof(A) == sizeof(bf16) ? isa().packed_rows : 1;
   const int64_t groups = int64_t(routing.groups.size());
-  auto hidden = scratch<A>(t * k * i);
+  const int64_t ldx = spaced(h), ldh = spaced(i), ldo = spaced(h);
+  auto hidden = scratch<A>(t * k * ldh);
 
   const int64_t up_parts = parts(groups, i), up_width = i / up_parts;
   parallel(groups * up_parts, [&](int64_t unit) {
     const Group &g = routing.groups[unit / up_parts];
     const int64_t padded = rounded_up(g.count, step), column = unit % up_parts * up_width;
-    auto rows = scratch<A>(padded * h);
-    gather(routing, g, k, h, x, rows.get());
-    std::fill_n(rows.get() + g.count * h, (padded - g.count) * h, A{});
-    auto both = scratch<float>(padded * 2 * up_width);
+    auto rows = scratch<A>(padded * ldx);
+    gather(routing, g, k, h, x, rows.get(), ldx);
+    std::fill_n(rows.get() + g.count * ldx, (padded - g.count) * ldx, A{});
+    const int64_t ldb = spaced(2 * up_width);
+    auto both = scratch<float>(padded * ldb);
     const W *w = gate_up + g.expert * h * 2 * i;
     if (up_parts == 1) {
-      multiply(g.count, padded, 2 * i, h, rows.get(), h, w, 2 * i, both.get(), 2 * i);
+      multiply(g.count, padded, 2 * i, h, rows.get(), ldx, w, 2 * i, both.get(), ldb);
     } else {
-      multiply(g.count, padded, up_width, h, rows.get(), h, w + column, 2 * i, both.get(), 2 * up_width);
-      multiply(g.count, padded, up_width, h, rows.get(), h, w + i + column, 2 * i, both.get() + up_width, 2 * up_width);
+      multiply(g.count, padded, up_width, h, rows.get(), ldx, w + column, 2 * i, both.get(), ldb);
+      multiply(g.count, padded, up_width, h, rows.get(), ldx, w + i + column, 2 * i, both.get() + up_width, ldb);
     }
     for (int64_t r = 0; r < g.count; ++r) {
-      float *gate = both.get() + r * 2 * up_width;
+      float *gate = both.get() + r * ldb;
       isa().swiglu(up_width, gate, gate + up_width, gate);
-      put(up_width, gate, hidden.get() + (g.first + r) * i + column);
+      put(up_width, gate, hidden.get() + (g.first + r) * ldh + column);
     }
   });
 
@@ -112,18 +118,19 @@ void compute(const Routing &routing, int64_t t, int64_t h, int64_t i, int64_t k,
     const Group &g = routing.groups[unit / down_parts];
     const int64_t padded = rounded_up(g.count, step), column = unit % down_parts * down_width;
     const W *w = down + g.expert * i * h + column;
-    const A *rows = hidden.get() + g.first * i;
+    const A *rows = hidden.get() + g.first * ldh;
     if (padded == g.count) {
-      multiply(g.count, padded, down_width, i, rows, i, w, h, out + g.first * h + column, h);
+      multiply(g.count, padded, down_width, i, rows, ldh, w, h, out + g.first * ldo + column, ldo);
       return;
     }
-    auto copy = scratch<A>(padded * i);
-    std::copy_n(rows, g.count * i, copy.get());
-    std::fill_n(copy.get() + g.count * i, (padded - g.count) * i, A{});
-    auto result = scratch<float>(padded * down_width);
-    multiply(g.count, padded, down_width, i, copy.get(), i, w, h, result.get(), down_width);
+    auto copy = scratch<A>(padded * ldh);
+    std::copy_n(rows, g.count * ldh, copy.get());
+    std::fill_n(copy.get() + g.count * ldh, (padded - g.count) * ldh, A{});
+    const int64_t ldr = spaced(down_width);
+    auto result = scratch<float>(padded * ldr);
+    multiply(g.count, padded, down_width, i, copy.get(), ldh, w, h, result.get(), ldr);
     for (int64_t r = 0; r < g.count; ++r)
-      std::memcpy(out + (g.first + r) * h + column, result.get() + r * down_width, down_width * sizeof(float));
+      std::memcpy(out + (g.first + r) * ldo + column, result.get() + r * ldr, down_width * sizeof(float));
   });
 }
 
@@ -147,7 +154,8 @@ bool experts(int64_t t, int64_t h, int64_t i, int64_t e, int64_t k, const float 
              const int32_t *indices, const float *weights, float *y) {
   Routing routing;
   if (!route(t * k, e, indices, routing)) return false;
-  auto out = scratch<float>(t * k * h);
+  const int64_t ldo = spaced(h);
+  auto out = scratch<float>(t * k * ldo);
   if (!compute_rounded(routing, t, h, i, k, x, gate_up, down, out.get()))
     compute(routing, t, h, i, k, x, gate_up, down, out.get());
   const int64_t tokens = t < 16 ? std::max<int64_t>(1, t) : 8;
@@ -156,7 +164,7 @@ bool experts(int64_t t, int64_t h, int64_t i, int64_t e, int64_t k, const float 
       float *to = y + r * h;
       std::fill_n(to, h, 0.f);
       for (int64_t s = 0; s < k; ++s)
-        isa().multiply_add(h, weights[r * k + s], out.get() + routing.rows[r * k + s] * h, to);
+        isa().multiply_add(h, weights[r * k + s], out.get() + routing.rows[r * k + s] * ldo, to);
     }
   });
   return true;

@@ -39,12 +39,15 @@ struct Isa {
   float (*exp_sum)(int64_t n, float shift, const float *x, float *y);  // y = exp(x - shift), its sum
 
   // Products of bf16 with sums in fp32, by instructions for it; null where there are none. `pack` brings w [k, n] into
-  // the order that `packed` reads: blocks of 32 columns, within them pairs of rows. k and n are multiples of 32, m of
-  // `packed_rows`.
+  // the order that `packed` reads: blocks of 32 columns, within them pairs of rows, with a gap of 32 numbers after each
+  // block so that not all fall into the same lines of a cache. k and n are multiples of 32, m of `packed_rows`.
   int64_t packed_rows;
   void (*pack)(int64_t n, int64_t k, const bf16 *w, int64_t ldw, bf16 *packed);
   void (*packed)(int64_t m, int64_t n, int64_t k, const bf16 *x, int64_t ldx, const bf16 *w, float *y, int64_t ldy,
                  bool accumulate);
+  // The same with w [k, n] as it lies, for few rows of x; null where `packed` is faster for any number of rows.
+  void (*in_place)(int64_t m, int64_t n, int64_t k, const bf16 *x, int64_t ldx, const bf16 *w, int64_t ldw, float *y,
+                   int64_t ldy);
 };
 
 constexpr int64_t kPackedStep = 32;

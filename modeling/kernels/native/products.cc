@@ -121,13 +121,15 @@ bool packs(int64_t n, int64_t k) { return rounds() && n % kPackedStep == 0 && k 
 
 void packed_product(int64_t m, int64_t n, int64_t k, const bf16 *x, int64_t ldx, const bf16 *w, int64_t ldw, float *y,
                     int64_t ldy) {
+  constexpr int64_t kInPlace = 16;
+  if (isa().in_place && m <= kInPlace) return isa().in_place(m, n, k, x, ldx, w, ldw, y, ldy);
   // What is packed stays in the second cache. Few rows: whole rows of w at a time, which is how memory reads fastest, and y
   // is small. Many: some columns of w over its whole height, so that y is written once.
   constexpr int64_t kPacked = 360 << 10;  // numbers
   const bool by_rows = m < 96;
   const int64_t columns = by_rows ? n : std::clamp(kPacked / k / kPackedStep * kPackedStep, kPackedStep, n);
   const int64_t rows = by_rows ? std::clamp(kPacked / n / kPackedStep * kPackedStep, kPackedStep, k) : k;
-  auto packed = scratch<bf16>(rows * columns);
+  auto packed = scratch<bf16>((rows + 1) * columns);
   for (int64_t j = 0; j < n; j += columns)
     for (int64_t i = 0; i < k; i += rows) {
       const int64_t wide = std::min(columns, n - j), high = std::min(rows, k - i);
