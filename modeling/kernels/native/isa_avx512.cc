@@ -1,7 +1,4 @@
 #include "isa_sets.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #if defined(__x86_64__)
 #define TARGET "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"

@@ -7,11 +7,6 @@
 #include "isa_sets.h"
 
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
-#endif
-#include <immintrin.h>
-
 #define TARGET "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 #include "target_begin.h"
 namespace kimi::bf16_512 {
