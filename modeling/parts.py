@@ -24,7 +24,7 @@ from .configuration import ModelConfig
 from .engine import Arrays, Engine, Row, RowOutput
 from .forward import spread
 from .graphs import HeadGraph, LayersGraph, VisionGraph
-from .kernels import get_kernels
+from .kernels import get_kernels, library
 from .language import LanguageModel
 from .parameters import no_init_parameters
 from .shapes import Ports, layers_inputs, vision_inputs
@@ -44,8 +44,7 @@ class NetworkInParts:
     def __init__(self, weights: Any, max_context: int, prefill_chunk: int, max_image_patches: int) -> None:
         self.config: ModelConfig = weights.config
         self._weights = weights
-        self._kernels = get_kernels("plain")
-        self._dtype = self._kernels.parameter_dtype(running.DTYPES[self.config.dtype])
+        self._kernels = get_kernels("cpu" if library.available() else "plain")
         self._sizes = contexts(max_context), patch_buckets(max_image_patches), min(prefill_chunk, max_context)
         self._kinds: dict[str, PartGraphs] = {}
 
@@ -77,7 +76,7 @@ class NetworkInParts:
 
     def _turn_to(self, kind: str, config: ModelConfig) -> None:
         if kind not in self._kinds:
-            self._kinds[kind] = PartGraphs(kind, config, self._kernels, self._dtype, *self._sizes)
+            self._kinds[kind] = PartGraphs(kind, config, self._kernels, *self._sizes)
         self._part = self._kinds[kind]
 
     def _fill(self, ours: str, stored: str) -> None:
@@ -182,7 +181,6 @@ class PartGraphs:
         kind: str,
         config: ModelConfig,
         kernels: Any,
-        dtype: ms.Type,
         contexts: Sequence[int],
         patches: Sequence[int],
         chunk: int,
@@ -191,16 +189,18 @@ class PartGraphs:
         self.contexts, self.patches, self.chunk = contexts, patches, chunk
         self.smaller_chunks: Sequence[int] = ()
         self.together = len(kernels.cache_shapes(2, 1, 1)) == 1
-        self._kernels, self._dtype = kernels, dtype
+        dtype = running.DTYPES[config.dtype]
+        held, self._activation = kernels.parameter_dtype(dtype), kernels.activation_dtype(dtype)
+        self._kernels = kernels
         self.room = Room()
         self._graphs: dict[tuple[int, ...], nn.Cell] = {}
         self._bindings: dict[tuple[int, ...], Binding] = {}
         with no_init_parameters():
             if kind == "vision":
-                tower, projector = MoonViT(kernels, dtype, config.vision), Projector(kernels, dtype, config)
+                tower, projector = MoonViT(kernels, held, config.vision), Projector(kernels, held, config)
                 self.cell: nn.Cell = VisionGraph(tower, projector, config, taps=True)
             else:
-                self.cell = LanguageModel(kernels, dtype, config.text)
+                self.cell = LanguageModel(kernels, held, config.text)
 
     def batch(self, rows: int) -> int:
         return rows
@@ -227,7 +227,7 @@ class PartGraphs:
         sizes = batch, tokens, context
         graph = self._graph(
             sizes,
-            lambda: LayersGraph(self.cell, self._kernels, self.config, *sizes, self._dtype, taps=True),
+            lambda: LayersGraph(self.cell, self._kernels, self.config, *sizes, self._activation, taps=True),
         )
         if sizes not in self._bindings:
             self._bindings[sizes] = bind(graph.caches, context, self.together)
@@ -241,6 +241,6 @@ class PartGraphs:
         return self._graphs[sizes]
 
     def _run(self, graph: nn.Cell, ports: Ports, inputs: Arrays) -> list[np.ndarray]:
-        held = running.name(self._dtype)
-        dtypes = {name: held if dtype == "float" else dtype for name, (_, dtype) in ports.items()}
+        activation = running.name(self._activation)
+        dtypes = {name: activation if dtype == "float" else dtype for name, (_, dtype) in ports.items()}
         return running.run_cell(graph, dtypes, inputs)

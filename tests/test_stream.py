@@ -122,8 +122,7 @@ def test_the_figures_are_those_of_the_whole_network_to_the_last_digit(name, case
     found = replace(inspect(ckpt), limits=LIMITS)
     (plan,) = select(suite(found.config, LIMITS), [case])
     built = build(plan, source_of(SOURCES[name], found.config, None), SEED)
-    with bundles.plain_graphs():  # as the parts are
-        whole = open_candidate(found).once(built.inputs, built.calls)
+    whole = open_candidate(found).once(built.inputs, built.calls)
     figures, missing = compared(built, build_oracle(SOURCES[name]).run(built.inputs), whole, found.config)
     assert missing == ["last_logits"]  # of the graphs that generate
     (record,) = link["cases"]

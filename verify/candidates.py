@@ -169,6 +169,17 @@ def open_candidate(found: Found) -> Candidate:
     return ModelCandidate(model, found)
 
 
+def mindspore_on(where: str, cpu_operators: bool, rounded: str = "") -> str:
+    """What a report says that MindSpore ran on, and in which arithmetic."""
+    import mindspore
+
+    text = f"MindSpore {mindspore.__version__} on {where}"
+    if cpu_operators:
+        how = f"inputs of products rounded to {rounded}" if rounded else "fp32"
+        text += f", C++ operators ({library.isa()}), {how}"
+    return text
+
+
 def _in_its_arithmetic(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of :class:`ModelCandidate` while the CPU operators round, or do not, as the candidate is judged."""
 
@@ -194,10 +205,7 @@ class ModelCandidate:
 
         more: dict[str, Any] = {}
         where = str(mindspore.get_context("device_target"))
-        runs_on = f"MindSpore {mindspore.__version__} on {where}"
-        if getattr(self.model, "cpu_operators", False):
-            how = f"inputs of products rounded to {self.found.rounded}" if self.found.rounded else "fp32"
-            runs_on += f", C++ operators ({library.isa()}), {how}"
+        runs_on = mindspore_on(where, getattr(self.model, "cpu_operators", False), self.found.rounded)
         if self.found.rounded:
             more = {"arithmetic": self.found.arithmetic}
         if self.found.interpreted:

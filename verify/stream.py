@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .candidates import CandidateError
+from ..modeling.kernels import library
+from .candidates import CandidateError, mindspore_on
 from .cases import SUITE_VERSION, Case, Plan, Source, build, fitted, inputs_hash, select, suite
 from .chain import ChainLink, source_of
 from .comparison import Comparison, raised
@@ -154,10 +155,11 @@ class Stream:
             StreamStateError: the state is another run's.
         """
         done = self._resume()
-        for step in range(done, len(self._steps)):
-            self._say(f"[{step + 1}/{len(self._steps)}] {self._steps[step]}")
-            self._step(step)
-            self._save(step)
+        with library.exactly(True):
+            for step in range(done, len(self._steps)):
+                self._say(f"[{step + 1}/{len(self._steps)}] {self._steps[step]}")
+                self._step(step)
+                self._save(step)
         experts = self._oracle.config.text.n_routed_experts
         layers = [{"layer": n, "used": len(of), "of": experts} for n, of in self._used.items()]
         return {
@@ -168,13 +170,11 @@ class Stream:
         }
 
     def _describe(self) -> dict[str, Any]:
-        import mindspore
-
         return {
             "kind": self._link.found.kind,
             "stage": self._link.found.stage,
             "path": self._link.path,
-            "runs_on": f"MindSpore {mindspore.__version__} on CPU",
+            "runs_on": mindspore_on("CPU", library.available()),
             "on_device": False,
             "dtype": self._parts.config.dtype,
             "context": self._link.found.limits.context,
