@@ -2,8 +2,9 @@
 
 Counted are products of matrices, two operations per multiplication and addition: linears, batched products, grouped ones
 by the rows that they are given (a token's k experts are k rows), and fused attention as two products over the whole window,
-at the head dims that the node has (padding included), though the CPU operators stop at the last slot that is seen. Not counted is what works element by element: norms, activations,
-softmax, rotary products of fewer operations than that, routing, copies. It is below 1 % at the published dimensions.
+at the head dims that the node has (padding included), though the CPU operators stop at the last slot that is seen. Not
+counted is what works element by element: norms, activations, softmax, rotary products of fewer operations than that,
+routing, copies. It is below 1 % at the published dimensions.
 """
 
 from __future__ import annotations
