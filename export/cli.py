@@ -104,7 +104,8 @@ class Products(click.ParamType):
     type=click.Choice(list(TARGETS)),
     default=DEFAULT_TARGET,
     show_default=True,
-    help="Who runs it. cpu: plain operators in fp32, any machine. ascend: fused operators in the weights' bf16 or fp16, "
+    help="Who runs it. cpu: the C++ operators where they are built, which the machine that runs it needs too; with "
+    "KIMI_VL_KERNELS=off MindSpore's own in fp32, for any machine. ascend: fused operators in the weights' bf16 or fp16, "
     "for Atlas A2 and A3. lite: the same for MindSpore Lite, of operators that the graph engine takes. Neither has run on a "
     "device yet.",
 )

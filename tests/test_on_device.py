@@ -17,6 +17,7 @@ import pytest
 from kimi_vl.export import export, plan_export
 from kimi_vl.export.device import device_report, scripts
 from kimi_vl.export.plan import open_converted
+from kimi_vl.modeling.kernels import library
 
 
 def climb(bundle: Path, report: Path, *arguments: object, **environment: str) -> tuple[int, str, dict]:
@@ -66,6 +67,13 @@ def test_a_bundle_for_this_machine_holds_from_the_ground_to_decoding(tmp_path):
     assert (
         "| decode | passed | 1 of 1 |" in page and "in place, before it is read | cache | not run |" in page
     )
+
+
+@pytest.mark.skipif(not library.path().exists(), reason="there was no C++ compiler at install")
+def test_a_bundle_that_calls_the_cpu_operators_is_refused(tmp_path):
+    status, said, found = climb(bundles.bundle("tiny8-bf16"), tmp_path / "r.json")
+    assert status == 2 and not found
+    assert said.count("\n") == 1 and "C++ operators" in said and "KIMI_VL_KERNELS=off" in said
 
 
 @pytest.mark.skipif(

@@ -207,6 +207,11 @@ def main() -> int:
         }
     except (OSError, ValueError, KeyError, TypeError) as e:
         return _refused(f"{manifest}: is no manifest of a bundle ({type(e).__name__}: {e}); give --bundle")
+    if bundle.get("kernels") == "cpu":
+        return _refused(
+            f"{options.bundle}: its graphs call the C++ operators of kimi_vl, which are not in the bundle and on no device; "
+            "export it with --target ascend, or with KIMI_VL_KERNELS=off for a trial on a CPU"
+        )
     if options.pack and not Path(options.pack).is_file():
         return _refused(f"--pack: {options.pack} is no file; verify-parity record writes one")
     report: dict[str, Any] = {
