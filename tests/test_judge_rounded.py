@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import bundles
 import numpy as np
 import parity
 import pytest
@@ -11,6 +13,8 @@ import torch
 from golden import DATA
 from parity import LIMITS, OracleCandidate
 
+from kimi_vl.modeling.kernels import library
+from kimi_vl.verify.candidates import inspect, open_candidate
 from kimi_vl.verify.cases import SeededSource, select, suite
 from kimi_vl.verify.judge import SUITE, ProfileError, judge, judge_run, load_profile
 from kimi_vl.verify.metrics import settled_places
@@ -105,6 +109,27 @@ def test_what_rounding_costs_the_reference_is_measured_where_the_candidate_is_ju
             own, taps = case["calibration"][tap], case["taps"][tap]
             assert own["nmse_untouched"] == pytest.approx(taps["nmse_untouched"], rel=1e-6)
             assert taps["nmse_untouched"] == taps["nmse"]
+
+
+@pytest.mark.skipif(
+    not (library.available() and library.can_round()),
+    reason="needs the C++ operators and instructions for bf16",
+)
+def test_operators_that_round_are_closer_to_fp32_than_torch_in_bf16(oracles):
+    """In every case and at every stage, over the tokens before either side's first other expert."""
+    found = replace(inspect(bundles.converted("tiny8-bf16"), arithmetic="rounded"), limits=LIMITS)
+    plans = select(suite(oracles[0].config, LIMITS), ("text", "images", "steps"))
+    source = SeededSource(oracles[0].config)
+    made = run_suite(oracles[0], open_candidate(found), plans, source, seed=2, rounded=oracles[1])
+    ratios = {}
+    for case in made["cases"]:
+        for tap, figures in case["taps"].items():
+            own = case["calibration"].get(tap, {})
+            metric = "nmse_untouched" if "nmse_untouched" in figures else "nmse"
+            if figures.get(metric) is not None and own.get(metric):  # none of an embedding
+                ratios[case["name"], tap] = figures[metric] / own[metric]
+    assert {tap for _, tap in ratios} >= {"projector", "layers.0", "layers.2", "logits"}
+    assert all(0 < ratio < 1 for ratio in ratios.values()), ratios
 
 
 def test_a_rule_without_a_witness_is_noted(clean):
