@@ -87,7 +87,7 @@ class Bundle:
         parameter_dtype: what the loader widens weights to; None where each parameter is what is stored.
         batch: rows of every text graph.
         contexts: cache lengths, ascending; `patches` likewise of pictures.
-        prefill_chunk: tokens per row of the prefill graphs.
+        prefill_chunk: tokens per row of the largest prefill graphs.
         taps: whether there are graphs with taps.
         weights: by the name of the parameter.
         files: configuration, tokenizer and processor files, and what judges the bundle on a device.
@@ -119,6 +119,16 @@ class Bundle:
     releases: dict[str, str] = field(default_factory=dict)
     cache_write: str | None = None
     kernels: str | None = None
+
+    @property
+    def smaller_chunks(self) -> tuple[int, ...]:
+        """Tokens per row of the other prefill graphs, ascending.
+
+        The graphs' own records say so: a second list could contradict them, and bundles of one chunk size stay as they
+        were, for the programs that read no others too.
+        """
+        sizes = {g.tokens for g in self.graphs.values() if g.kind == "prefill" and g.tokens}
+        return tuple(sorted(n for n in sizes if n < self.prefill_chunk))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "schema": SCHEMA, **asdict(self)}, indent=1) + "\n"

@@ -16,6 +16,7 @@ import click
 
 from ..convert.errors import ConversionError, EnvironmentProblem
 from ..convert.planning import DTYPE_NAMES, size_text
+from ..modeling.buckets import OPERATORS_PREFILL_CHUNKS, PREFILL_CHUNKS
 from ..modeling.configuration import ConfigError
 from .errors import ExportError
 from .memory import DeviceMemory, estimate, of_graphs
@@ -24,7 +25,6 @@ from .plan import (
     CACHE_WRITES,
     DECODE,
     DEFAULT_CONTEXT,
-    DEFAULT_PREFILL_CHUNK,
     DEFAULT_TARGET,
     TARGETS,
     VARIANTS,
@@ -41,6 +41,7 @@ Examples:
   export-mindir --seq 4096                          (for Ascend, bf16)
   export-mindir --src ./ckpt --seq 512 --target cpu --dst ./mindir
   export-mindir --seq 4096 --seq 32768 --prefill-chunk 512 --dry-run
+  export-mindir --seq 4096 --prefill-chunk 64,256,1024
   export-mindir --seq 2048 --image-patches 1024,4096 --batch 4
   export-mindir --seq 4096 --dst /media/disk/mindir --copy
   export-mindir --seq 4096 --target lite --cache-write scatter-nd
@@ -112,11 +113,12 @@ class Products(click.ParamType):
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Rows of a text graph.")
 @click.option(
     "--prefill-chunk",
-    type=int,
-    default=DEFAULT_PREFILL_CHUNK,
-    show_default=True,
-    metavar="N",
-    help="Tokens of a prompt that run at once.",
+    type=Sizes(),
+    metavar="N,N,…",
+    help="Tokens of a prompt that run at once. With several sizes a short prompt takes a small graph, a long one large ones; "
+    "each size is a graph per context more.  "
+    f"[default: {', '.join(map(str, OPERATORS_PREFILL_CHUNKS))} for cpu with the C++ operators, "
+    f"else {', '.join(map(str, PREFILL_CHUNKS))}; as far as the context holds them]",
 )
 @click.option(
     "--image-patches",
@@ -176,7 +178,7 @@ def cli(
     seq: tuple[int, ...],
     target: str,
     batch: int,
-    prefill_chunk: int,
+    prefill_chunk: tuple[int, ...] | None,
     image_patches: tuple[int, ...],
     dtype: str | None,
     attention: str | None,
@@ -202,7 +204,7 @@ def cli(
         "seq": ", ".join(map(str, seq)) or "default",
         "target": target,
         "batch": str(batch),
-        "prefill chunk": str(prefill_chunk),
+        "prefill chunk": ", ".join(map(str, prefill_chunk or ())) or "default",
         "image patches": ", ".join(map(str, image_patches)) or "default",
         "dtype": dtype or "as stored",
         "attention": attention or "default",

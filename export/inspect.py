@@ -55,7 +55,8 @@ def _bundle_lines(path: Path) -> Iterator[tuple[str, str]]:
         "bundle",
         f"for {bundle.target}, {bundle.dtype}, batch {bundle.batch}, by MindSpore {bundle.mindspore}",
     )
-    yield "contexts", ", ".join(map(str, bundle.contexts)) + f"; prefill in chunks of {bundle.prefill_chunk}"
+    chunks = ", ".join(map(str, (*bundle.smaller_chunks, bundle.prefill_chunk)))
+    yield "contexts", ", ".join(map(str, bundle.contexts)) + f"; prefill in chunks of {chunks}"
     yield "patches", ", ".join(map(str, bundle.patches))
     yield "weights", f"{size_text(weights)} as stored, in {len(bundle.shards)} files"
 

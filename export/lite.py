@@ -61,7 +61,7 @@ class LiteGraphs:
         self.contexts: Sequence[int] = (context or self._bundle.contexts[-1],)
         self.patches: Sequence[int] = self._bundle.patches
         self.chunk = self._bundle.prefill_chunk
-        self.smaller_chunks: Sequence[int] = ()
+        self.smaller_chunks: Sequence[int] = self._bundle.smaller_chunks
         self.together = False  # there is one row
         import mindspore_lite
 
@@ -98,15 +98,17 @@ class LiteGraphs:
             )
         self._row = row
         kind = DECODE if tokens == 1 else PREFILL_LOGITS if all_logits else PREFILL
-        return self._run(self._named(kind, context, taps), inputs)
+        return self._run(self._named(kind, context, taps, tokens), inputs)
 
-    def _named(self, kind: str, size: int, taps: bool) -> str:
-        """The graph of a kind and a size."""
+    def _named(self, kind: str, size: int, taps: bool, tokens: int | None = None) -> str:
+        """The graph of a kind, of so many `tokens`, and a size."""
         for name, graph in self._bundle.graphs.items():
-            if graph.kind == kind and graph.taps == taps and size in (graph.patches, graph.context):
+            found = (graph.kind, graph.taps, graph.tokens)
+            if found == (kind, taps, tokens) and size in (graph.patches, graph.context):
                 return name
         raise BundleError(
-            f"{self._directory}: has no {kind} graph of size {size}{' with taps' if taps else ''}; export again"
+            f"{self._directory}: has no {kind} graph of size {f'{tokens} x ' if tokens else ''}{size}"
+            f"{' with taps' if taps else ''}; export again"
         )
 
     def _run(self, name: str, inputs: Arrays) -> list[np.ndarray]:

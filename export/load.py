@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mindspore as ms
 import numpy as np
@@ -80,6 +80,11 @@ class MindIRModel(KimiVLGeneration):
     def array(self, name: str) -> np.ndarray:
         return self.weights.array(name)
 
+    @property
+    def used(self) -> set[str]:
+        """Names of the graphs that ran so far."""
+        return set(cast(BundleGraphs, self.engine.graphs).loaded)
+
 
 def rows_together(bundle: Bundle) -> bool:
     """Whether a cache parameter holds all rows of a batch: it has an axis for them, or their slots follow each other."""
@@ -120,6 +125,9 @@ class BundleGraphs:
 
     `load` makes one of directory, name, bundle and weights; default: :class:`LoadedGraph`. `together` says that it runs
     on rows of one batch, whose cache the graph keeps; if not, on rows with buffers of their own.
+
+    Attributes:
+        loaded: graphs by name, each from its first use on.
     """
 
     def __init__(
@@ -134,11 +142,11 @@ class BundleGraphs:
         self._bundle = bundle
         self._weights = weights
         self._load: Callable[[Path, str, Bundle, SharedWeights], RunnableGraph] = load or LoadedGraph
-        self._graphs: dict[str, RunnableGraph] = {}
+        self.loaded: dict[str, RunnableGraph] = {}
         self.contexts: Sequence[int] = bundle.contexts
         self.patches: Sequence[int] = bundle.patches
         self.chunk = bundle.prefill_chunk
-        self.smaller_chunks: Sequence[int] = ()
+        self.smaller_chunks: Sequence[int] = bundle.smaller_chunks
         self.together = together
 
     def batch(self, rows: int) -> int:
@@ -157,24 +165,24 @@ class BundleGraphs:
         taps: bool,
     ) -> list[np.ndarray]:
         kind = DECODE if tokens == 1 else PREFILL_LOGITS if all_logits else PREFILL
-        return self._graph(kind, context, taps).run(inputs, rows)
+        return self._graph(kind, context, taps, tokens).run(inputs, rows)
 
-    def _graph(self, kind: str, size: int, taps: bool) -> RunnableGraph:
-        """The smallest graph of a kind with at least `size` patches or cache slots."""
+    def _graph(self, kind: str, size: int, taps: bool, tokens: int | None = None) -> RunnableGraph:
+        """The smallest graph of a kind, and of so many `tokens`, with at least `size` patches or cache slots."""
         fit = {
             (g.context or g.patches or 0): name
             for name, g in self._bundle.graphs.items()
-            if g.kind == kind and g.taps == taps and (g.context or g.patches or 0) >= size
+            if (g.kind, g.taps, g.tokens) == (kind, taps, tokens) and (g.context or g.patches or 0) >= size
         }
         if not fit:
             raise BundleError(
-                f"{self._directory}: has no {kind} graph of size {size}"
+                f"{self._directory}: has no {kind} graph of size {f'{tokens} x ' if tokens else ''}{size}"
                 + (" with taps; export with --taps for taps and hidden states" if taps else "; export again")
             )
         name = fit[min(fit)]
-        if name not in self._graphs:
-            self._graphs[name] = self._load(self._directory, name, self._bundle, self._weights)
-        return self._graphs[name]
+        if name not in self.loaded:
+            self.loaded[name] = self._load(self._directory, name, self._bundle, self._weights)
+        return self.loaded[name]
 
 
 class LoadedGraph:

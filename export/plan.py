@@ -17,7 +17,14 @@ from ..convert.planning import DTYPE_NAMES, size_text
 from ..convert.source import open_source
 from ..convert.transforms import DTYPES
 from ..convert.weights import Source
-from ..modeling.buckets import LONGEST_SHAPE, contexts, fitting_limit, largest_image, patch_buckets
+from ..modeling.buckets import (
+    LONGEST_SHAPE,
+    contexts,
+    fitting_limit,
+    largest_image,
+    patch_buckets,
+    prefill_chunks,
+)
 from ..modeling.configuration import ModelConfig
 from ..modeling.kernels import library
 from ..modeling.settings import PROCESSOR, in_token_limit, with_in_token_limit
@@ -35,7 +42,6 @@ from .errors import ExportError
 from .operators import GE, KBK, PRODUCTS
 
 DEFAULT_CONTEXT = 4096
-DEFAULT_PREFILL_CHUNK = 256
 DEFAULT_TARGET = "ascend"
 
 TAPS = "-taps"  # ends the name of a graph with more outputs than the one without
@@ -167,7 +173,7 @@ class BundlePlan:
     dtype: str
     batch: int
     contexts: tuple[int, ...]
-    prefill_chunk: int
+    prefill_chunks: tuple[int, ...]
     patches: tuple[int, ...]
     taps: bool
     graphs: tuple[GraphPlan, ...]
@@ -227,13 +233,14 @@ class BundlePlan:
         )
 
     def families(self) -> Iterator[tuple[list[GraphPlan], dict[str, GraphPlan]]]:
-        """Graphs of one kind that differ in length alone, ascending, and by name those that follow by leaving taps out."""
+        """Graphs that differ in length alone, ascending, and by name those that follow by leaving taps out."""
         bare = {g.name: g for g in self.graphs if not g.taps}
         tapped = [g for g in self.graphs if g.taps]
         follow = {g.name: bare.pop(name) for g in tapped if (name := g.name.removesuffix(TAPS)) in bare}
         for family in (tapped, list(bare.values())):
-            for kind in dict.fromkeys(g.kind for g in family):
-                yield sorted((g for g in family if g.kind == kind), key=lambda g: g.length), follow
+            for like in dict.fromkeys((g.kind, g.tokens) for g in family):
+                alike = (g for g in family if (g.kind, g.tokens) == like)
+                yield sorted(alike, key=lambda g: g.length), follow
 
     def shortened(self) -> ShortPlan:
         """The largest graph of each kind, with the first layers alone: each kind of layer, and one after it."""
@@ -244,7 +251,7 @@ class BundlePlan:
             text=replace(text, num_hidden_layers=min(layers, text.num_hidden_layers)),
             vision=replace(vision, num_hidden_layers=min(2, vision.num_hidden_layers)),
         )
-        largest = {g.kind: g for g in self.graphs if not g.taps}  # each kind ascends
+        largest = {g.kind: g for g in self.graphs if not g.taps}  # ascending in tokens, then in length
         return ShortPlan(
             config,
             tuple(
@@ -273,7 +280,7 @@ class BundlePlan:
             "dtype": self.dtype,
             "batch": self.batch,
             "contexts": self.contexts,
-            "prefill_chunk": self.prefill_chunk,
+            "prefill_chunks": self.prefill_chunks,
             "patches": self.patches,
             "picture_limit": self.picture_limit,
             "taps": self.taps,
@@ -347,7 +354,7 @@ def plan_export(
     seq: Sequence[int] = (),
     target: str = DEFAULT_TARGET,
     batch: int = 1,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    prefill_chunk: int | Sequence[int] | None = None,
     image_patches: Sequence[int] = (),
     dtype: str | None = None,
     taps: bool = False,
@@ -359,16 +366,18 @@ def plan_export(
 ) -> BundlePlan:
     """The graphs of a bundle.
 
-    For every context (see `contexts`) there is a decode graph and, if a chunk fits, a prefill graph that gives the
-    last token's logits. Logits of all tokens, which only forward and verification ask for, come from one prefill
-    graph of the largest context. There is a vision graph per number of patches. With `taps` there is a second one,
-    with more outputs, of each graph that forward uses.
+    For every context (see `contexts`) there is a decode graph and, for each chunk size that fits, a prefill graph that
+    gives the last token's logits. Logits of all tokens, which only forward and verification ask for, come from one
+    prefill graph of each size and the largest context. There is a vision graph per number of patches. With `taps` there
+    is a second one, with more outputs, of each graph that forward uses.
 
     Args:
         seq: contexts that must be there; those up to the largest are added in steps of 2. Default: 4096, or what the
             model has positions for.
         batch: rows of every text graph.
-        prefill_chunk: tokens per row of a prefill graph; a longer prompt runs in several.
+        prefill_chunk: tokens per row of the prefill graphs, one number or several; a prompt runs in those that it
+            fills best, a long one in several of the largest. Default: 64, 256 and 1024 for a CPU with the C++ operators,
+            256 for others, on which each graph takes memory; as far as the largest context holds them.
         image_patches: patches of the vision graphs. Default: up to the processor's largest picture, as far as the
             context holds it and a question. Where the graphs take less than the processor gives, the bundle's processor
             gets the limit that fits.
@@ -389,24 +398,22 @@ def plan_export(
             raise ExportError(f"--seq: {n}, expected 2 to max_position_embeddings ({positions})")
     if batch < 1:
         raise ExportError(f"--batch: {batch}, expected a positive number")
-    if prefill_chunk < 2:
-        raise ExportError(
-            f"--prefill-chunk: {prefill_chunk}, expected at least 2; decode graphs take one token"
-        )
     sizes = tuple(sorted({*contexts(max(asked)), *asked}))
-    chunk = min(prefill_chunk, sizes[-1])
     patches, limit, notes = _patches(weights, sizes[-1], image_patches)
     to = _target(weights, TARGETS[target], attention, experts, products, cache_write)
     named = _dtype(weights, to, dtype)
     if to.kernels == CPU_OPERATORS and named != "bfloat16":
         to = replace(to, widens=True)  # the operators take bf16 and fp32
+    chunks = (
+        prefill_chunks(to.kernels == CPU_OPERATORS, sizes[-1])
+        if prefill_chunk is None
+        else _chunks((prefill_chunk,) if isinstance(prefill_chunk, int) else prefill_chunk, sizes[-1])
+    )
     shared = (config, to, batch)
     graphs = [_vision(config, to, n, tapped) for n in patches for tapped in (False, True)[: 1 + taps]]
-    for context in sizes:
-        if context >= chunk:
-            graphs.append(_text(*shared, PREFILL, chunk, context))
+    graphs += [_text(*shared, PREFILL, n, context) for n in chunks for context in sizes if context >= n]
     for tapped in (False, True)[: 1 + taps]:
-        graphs.append(_text(*shared, PREFILL_LOGITS, chunk, sizes[-1], tapped))
+        graphs += [_text(*shared, PREFILL_LOGITS, n, sizes[-1], tapped) for n in chunks]
         graphs += [_text(*shared, DECODE, 1, context, tapped) for context in sizes]
     return BundlePlan(
         weights=weights,
@@ -414,7 +421,7 @@ def plan_export(
         dtype=named,
         batch=batch,
         contexts=sizes,
-        prefill_chunk=chunk,
+        prefill_chunks=chunks,
         patches=patches,
         taps=taps,
         graphs=tuple(graphs),
@@ -422,6 +429,22 @@ def plan_export(
         picture_limit=limit,
         copy=copy,
     )
+
+
+def _chunks(asked: Sequence[int], context: int) -> tuple[int, ...]:
+    """The chunk sizes that were asked for, ascending."""
+    for n in asked:
+        if n < 2:
+            raise ExportError(f"--prefill-chunk: {n}, expected at least 2; decode graphs take one token")
+        if n > context:
+            raise ExportError(
+                f"--prefill-chunk: {n}, but the largest context holds {context} tokens; reduce it or raise --seq"
+            )
+        if asked.count(n) > 1:
+            raise ExportError(f"--prefill-chunk: {n} is given twice; name each size once")
+    if not asked:
+        raise ExportError("--prefill-chunk: no size is given; leave it out for the default")
+    return tuple(sorted(asked))
 
 
 def _target(

@@ -213,7 +213,7 @@ def _manifest(plan: BundlePlan, graphs: dict[str, GraphRecord], traced: _Traced)
         parameter_dtype=plan.target.dtype if plan.target.widens else None,
         batch=plan.batch,
         contexts=plan.contexts,
-        prefill_chunk=plan.prefill_chunk,
+        prefill_chunk=plan.prefill_chunks[-1],
         patches=plan.patches,
         taps=plan.taps,
         graphs=graphs,

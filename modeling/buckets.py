@@ -10,6 +10,9 @@ SMALLEST_PATCHES = 64
 LONGEST_SIDE = 510  # patches; the processor refuses longer sides
 PATCH, CELL = 14, 28  # pixels of a side of a patch, and of what a picture is padded to multiples of
 LONGEST_SHAPE = 8  # to 1: longer pictures are not what a limit is chosen for
+PREFILL_CHUNKS = (256,)
+# With the C++ operators: a chunk reads most experts once, whatever its size, and what it lacks in tokens is computed too.
+OPERATORS_PREFILL_CHUNKS = (64, 256, 1024)
 
 
 class TooLongError(ValueError):
@@ -24,6 +27,17 @@ def contexts(largest: int) -> list[int]:
         sizes.append(size)
         size *= 2
     return [*sizes, largest]
+
+
+def prefill_chunks(operators: bool, context: int) -> tuple[int, ...]:
+    """Tokens of the prefill graphs of a network or bundle of which nobody asked for others, ascending.
+
+    Args:
+        operators: its graphs call the C++ operators.
+        context: the largest cache, which no chunk exceeds.
+    """
+    sizes = OPERATORS_PREFILL_CHUNKS if operators else PREFILL_CHUNKS
+    return tuple(sorted({min(n, context) for n in sizes}))
 
 
 def largest_image(in_token_limit: int) -> int:

@@ -27,10 +27,9 @@ class Graphs(Protocol):
 
     contexts: Sequence[int]  # cache lengths, ascending
     patches: Sequence[int]  # patch counts, ascending
-    chunk: int  # tokens of a prefill graph
-    smaller_chunks: Sequence[
-        int
-    ]  # of other prefill graphs, ascending, for what would leave much of that one empty
+    chunk: int  # tokens of the largest prefill graphs
+    # of the others, ascending, for what would leave much of the largest empty; forward asks for all sizes too
+    smaller_chunks: Sequence[int]
     together: bool  # whether a cache parameter holds all rows of a batch
 
     def batch(self, rows: int) -> int:
@@ -171,7 +170,7 @@ class Engine:
         A chunk must not write past the cache's end, not even that of a row that only runs along: what does not fit runs in
         a smaller one, or token by token.
         """
-        sizes = [n for n in self.graphs.smaller_chunks if n < self.graphs.chunk] + [self.graphs.chunk]
+        sizes = [*self.graphs.smaller_chunks, self.graphs.chunk]
         enough = next((n for n in sizes if n >= max(left.values())), sizes[-1])
         for chunk in reversed([n for n in sizes if n <= enough]):
             fit = [

@@ -13,7 +13,7 @@ from mindspore import nn
 
 from . import running
 from .binding import Binding, bind
-from .buckets import contexts, largest_image, patch_buckets
+from .buckets import contexts, largest_image, patch_buckets, prefill_chunks
 from .cache import CacheRow
 from .configuration import ConfigError, ModelConfig
 from .engine import Arrays, Engine
@@ -29,9 +29,6 @@ from .vision import MoonViT, Projector
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT = 4096
-DEFAULT_PREFILL_CHUNK = 256
-# With the C++ operators: a chunk reads most experts once, whatever its size, and what it lacks in tokens is computed too.
-OPERATORS_PREFILL_CHUNK, OPERATORS_SMALLER_CHUNKS = 1024, (64, 256)
 
 _DTYPES = {name: running.DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
@@ -60,10 +57,9 @@ class NativeGraphs:
         self._caches: dict[tuple, Binding] = {}
         self.contexts: Sequence[int] = contexts(max_context)
         self.patches: Sequence[int] = patch_buckets(patches)
-        self.smaller_chunks: Sequence[int] = ()
-        if chunk is None and model.cpu_operators:
-            chunk, self.smaller_chunks = OPERATORS_PREFILL_CHUNK, OPERATORS_SMALLER_CHUNKS
-        self.chunk = min(chunk or DEFAULT_PREFILL_CHUNK, max_context)
+        chunks = (min(chunk, max_context),) if chunk else prefill_chunks(model.cpu_operators, max_context)
+        self.smaller_chunks: Sequence[int] = chunks[:-1]
+        self.chunk = chunks[-1]
         self.together = len(model.kernels.cache_shapes(2, 1, 1)) == 1  # one parameter for two rows
 
     def batch(self, rows: int) -> int:

@@ -72,8 +72,8 @@ def with_graphs(made, change):
     """The model, with `change(graph, nodes)` giving each graph's other nodes."""
     graph_of, seen = made.engine.graphs._graph, []
 
-    def changed(kind, size, taps):
-        graph = graph_of(kind, size, taps)
+    def changed(*asked):
+        graph = graph_of(*asked)
         if graph.name not in seen:
             seen.append(graph.name)
             nodes = tuple(change(graph.graph, graph.graph.main.nodes))

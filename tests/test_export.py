@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import bundles
 import mindspore as ms
 import numpy as np
 import pytest
-from golden import CASES, check_cache, check_case, inputs, load_case
+from golden import CASES, DATA, check_cache, check_case, inputs, load_case
 from mindspore import nn
 
 from kimi_vl.convert.errors import EnvironmentProblem
@@ -34,8 +35,9 @@ from kimi_vl.export.trace import Tracer
 from kimi_vl.export.weights import SharedWeights
 from kimi_vl.modeling import running
 from kimi_vl.modeling.buckets import TooLongError
+from kimi_vl.modeling.engine import Row
 from kimi_vl.modeling.kernels import library
-from kimi_vl.modeling.modeling_kimi_vl import _has_data
+from kimi_vl.modeling.modeling_kimi_vl import KimiVLForConditionalGeneration, _has_data
 
 BF16, FP32 = "tiny8-bf16", "tiny8-fp32"
 
@@ -65,7 +67,7 @@ def names(made) -> list[str]:
 
 def test_a_plan_has_graphs_for_every_context_and_one_for_all_logits():
     made = plan(BF16, seq=(300,), taps=False, image_patches=())
-    assert made.contexts == (256, 300) and made.prefill_chunk == 64
+    assert made.contexts == (256, 300) and made.prefill_chunks == (64,)
     assert names(made)[-5:] == [
         "prefill-64x256", "prefill-64x300", "prefill-logits-64x300", "decode-256", "decode-300",
     ]  # fmt: skip
@@ -78,6 +80,32 @@ def test_contexts_that_hold_no_chunk_only_decode():
     assert [n for n in names(made) if n.startswith("prefill")] == [
         "prefill-256x256", "prefill-256x512", "prefill-logits-256x512",
     ]  # fmt: skip
+
+
+def test_several_chunk_sizes_have_graphs_each_where_they_fit_and_each_is_traced_once():
+    made = plan(BF16, seq=(128, 512), prefill_chunk=(256, 16), taps=True)
+    assert made.prefill_chunks == (16, 256)
+    assert [n for n in names(made) if n.startswith("prefill")] == [
+        "prefill-16x128", "prefill-16x256", "prefill-16x512", "prefill-256x256", "prefill-256x512",
+        "prefill-logits-16x512", "prefill-logits-256x512", "prefill-logits-16x512-taps", "prefill-logits-256x512-taps",
+    ]  # fmt: skip
+    families = [[g.name for g in family] for family, _ in made.families()]
+    assert ["prefill-16x128", "prefill-16x256", "prefill-16x512"] in families
+    traced = [name for family in families for name in family]
+    assert len(set(traced)) == len(traced) and not {"prefill-logits-16x512", "decode-128"} & set(traced)
+    assert "prefill-256x512" in [g.name for g in made.shortened().graphs]
+
+
+def test_by_default_a_bundle_has_the_chunk_sizes_of_the_network(monkeypatch):
+    def default(**changes):
+        return plan(BF16, **{"prefill_chunk": None, "seq": (2048,), **changes}).prefill_chunks
+
+    assert default() == (64, 256, 1024) and default(seq=(300,)) == (64, 256, 300)
+    network = KimiVLForConditionalGeneration.from_pretrained(DATA / BF16, max_context=300).engine.graphs
+    assert (*network.smaller_chunks, network.chunk) == (64, 256, 300)
+    assert default(target="ascend") == default(target="lite") == (256,)
+    with bundles.plain_graphs():
+        assert default() == (256,) and default(seq=(128,)) == (128,)
 
 
 def test_taps_double_what_forward_uses():
@@ -100,7 +128,11 @@ def test_pictures_that_no_context_holds_have_no_graph_and_that_is_said():
         ({"seq": (10**6,)}, "--seq: 1000000, expected 2 to max_position_embeddings"),
         ({"seq": (1,)}, "--seq: 1,"),
         ({"batch": 0}, "--batch: 0"),
-        ({"prefill_chunk": 1}, "--prefill-chunk: 1"),
+        ({"prefill_chunk": 1}, "--prefill-chunk: 1, expected at least 2"),
+        ({"prefill_chunk": (64, 1)}, "--prefill-chunk: 1, expected at least 2"),
+        ({"prefill_chunk": 512}, "--prefill-chunk: 512, but the largest context holds 256 tokens"),
+        ({"prefill_chunk": (64, 16, 64)}, "--prefill-chunk: 64 is given twice"),
+        ({"prefill_chunk": ()}, "--prefill-chunk: no size is given"),
         ({"image_patches": (66,)}, "--image-patches: 66, expected a positive multiple of 4"),
         ({"dtype": "fp16"}, "--dtype: fp16, but .* holds bfloat16; convert"),
     ],
@@ -290,6 +322,27 @@ def test_a_bundle_that_calls_operators_is_refused_where_there_are_none(monkeypat
     MindIRModel.from_bundle(bundles.bundle(BF16, operators=False))
 
 
+def test_a_prompt_takes_the_chunk_that_it_fills():
+    model = MindIRModel.from_bundle(bundles.bundle(FP32))
+    for count, graphs in (
+        (20, {"prefill-32x256"}),
+        (40, {"prefill-64x256"}),
+        (65, {"prefill-64x256", "decode-256"}),
+    ):
+        model.engine.graphs.loaded.clear()
+        model.engine.extend(model.engine.new_cache(2), [Row(np.arange(count)), Row(np.arange(2))])
+        assert model.used == graphs
+
+
+def test_a_bundle_of_one_chunk_size_reads_as_ever():
+    """Its manifest is as before there were several."""
+    manifest = json.loads((bundles.bundle(BF16) / "bundle.json").read_text())
+    assert (manifest["schema"], manifest["prefill_chunk"]) == (1, 64) and "smaller_chunks" not in manifest
+    graphs = loaded(BF16).engine.graphs
+    assert (graphs.chunk, graphs.smaller_chunks) == (64, ())
+    assert loaded(FP32).engine.graphs.smaller_chunks == (32,)
+
+
 def test_the_mode_of_the_caller_does_not_matter_and_stays():
     model, case = loaded(FP32), load_case(FP32, "text")
     before = ms.get_context("mode")
@@ -316,7 +369,7 @@ def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
     for checkpoint, operators, mapped in ((BF16, True, True), (BF16, False, False), (FP32, True, True)):
         model, case = loaded(checkpoint, operators), load_case(checkpoint, "text")
         model.generate(**inputs(case), max_new_tokens=2)
-        graphs = list(model.engine.graphs._graphs.values())
+        graphs = list(model.engine.graphs.loaded.values())
         assert len(graphs) >= 2
         name = "language_model.lm_head.weight"
         held = model.weights.tensor(name).data_ptr()
@@ -331,7 +384,7 @@ def test_each_weight_is_brought_to_a_device_once(monkeypatch):
     monkeypatch.setattr(running, "on_device", lambda tensor: (brought.append(tensor), tensor)[1])
     model, case = MindIRModel.from_bundle(bundles.bundle(FP32)), load_case(FP32, "image")
     model.generate(**inputs(case), max_new_tokens=2)
-    assert {g._record.kind for g in model.engine.graphs._graphs.values()} == {"vision", "prefill", "decode"}
+    assert {g._record.kind for g in model.engine.graphs.loaded.values()} == {"vision", "prefill", "decode"}
     assert len(brought) == len(model.bundle.weights)
 
 

@@ -22,7 +22,7 @@ ARGUMENTS = (
     "--seq",
     "256",
     "--prefill-chunk",
-    "64",
+    "64,32",
     "--image-patches",
     "64",
     "--batch",
@@ -76,6 +76,8 @@ def test_a_dry_run_shows_graphs_files_and_memory(tmp_path):
     status, out, err = run("--src", bundles.converted(FP32), *ARGUMENTS, "--dst", dst, "--dry-run")
     assert status == 0 and err == "" and not dst.exists()
     for text in (
+        "prefill chunk: 64, 32\n",
+        "prefill-32x256",
         "prefill-64x256",
         "input_ids[2, 64]",
         "logits[2, 1, 1000]",
@@ -127,6 +129,11 @@ def test_the_default_target_is_ascend_and_takes_no_fp32(untraced):
         (("--src", "CKPT", "--dst", __file__), "is a file, expected a directory to write to"),
         (("--src", "CKPT", "--dst", "CKPT"), "is not empty and no bundle"),
         (("--src", "CKPT", "--image-patches", "64;128"), "is no list of numbers"),
+        (
+            ("--src", "CKPT", "--prefill-chunk", "1024", "--seq", "256"),
+            "holds 256 tokens; reduce it or raise --seq",
+        ),
+        (("--src", "CKPT", "--prefill-chunk", "64,all"), "'64,all' is no list of numbers"),
         (("--src", "CKPT", "--dtype", "bf16"), "holds float32; convert the checkpoint with --dtype bf16"),
     ],
 )

@@ -120,6 +120,8 @@ def test_every_graph_for_a_device_has_a_cache_of_its_own():
     sizes = {"seq": (512,), "prefill_chunk": 256, "batch": 2, "taps": True}
     graphs = 2 * (256 + 512)  # prefill and decode; those for verification are not kept
     assert plan_export(weights, target="ascend", **sizes).cache_bytes == 2 * graphs * slot * 2
+    several = sizes | {"prefill_chunk": (64, 256)}
+    assert plan_export(weights, target="ascend", **several).cache_bytes == 2 * (graphs + 256 + 512) * slot * 2
     assert plan_export(weights, target="lite", **sizes).cache_bytes == 2 * 512 * slot * 2
     assert plan_export(weights, target="cpu", **sizes).cache_bytes == 2 * 512 * slot * 4
 

@@ -44,7 +44,7 @@ def test_every_graph_of_a_bundle_gives_what_mindspore_gives(checkpoint):
         for port in record.inputs:
             inputs[port.name] = rng.standard_normal(port.shape).astype(np.float32)
             if port.dtype == "int32":
-                top = {"valid": 64, "start": 60, "embeds_mask": 2}.get(port.name, 50)
+                top = {"valid": 64, "start": 60, "embeds_mask": 2, "last": record.tokens}.get(port.name, 50)
                 inputs[port.name] = rng.integers(1, top, port.shape).astype(np.int32)
         text = model.engine.config.text
         rows = [
@@ -61,7 +61,7 @@ def test_every_graph_of_a_bundle_gives_what_mindspore_gives(checkpoint):
             mine.length = theirs.length = int(start)
         got = InterpretedGraph(directory, name, bundle, model.weights, "lifted").run(inputs, rows[0])
         kind, size = record.kind, record.context or record.patches
-        want = graphs._graph(kind, size, record.taps).run(inputs, rows[1])
+        want = graphs._graph(kind, size, record.taps, record.tokens).run(inputs, rows[1])
         for g, w in zip(got, want, strict=True):
             assert g.dtype == w.dtype and rel_l2(g, w) <= 1e-5, name
         for mine, theirs in zip(*rows):

@@ -16,6 +16,7 @@ import pytest
 
 from kimi_vl.export import export, plan_export
 from kimi_vl.export.device import device_report, scripts
+from kimi_vl.export.device.device_graphs import DeviceBundle
 from kimi_vl.export.plan import open_converted
 from kimi_vl.modeling.kernels import library
 
@@ -91,6 +92,24 @@ def test_a_chunk_may_fill_the_smallest_context(tmp_path):
         "in place, prefill-32x32",
         "in place, decode-32",
     ]
+
+
+def test_graphs_of_a_kind_come_by_context_and_then_by_chunk(tmp_path):
+    sizes = [(1024, 2048), (256, 1024), (1024, 1024), (64, 1024)]
+    graphs = {
+        f"prefill-{n}x{context}": {
+            "kind": "prefill",
+            "taps": False,
+            "patches": None,
+            "tokens": n,
+            "context": context,
+        }
+        for n, context in sizes
+    }
+    (tmp_path / "bundle.json").write_text(json.dumps({"graphs": graphs, "weights": {}}))
+    assert DeviceBundle(tmp_path).of_kind("prefill") == [
+        "prefill-64x1024", "prefill-256x1024", "prefill-1024x1024", "prefill-1024x2048",
+    ]  # fmt: skip
 
 
 def test_what_this_machine_has_no_kernels_for_fails_in_a_sentence_and_alone(tmp_path):

@@ -46,8 +46,7 @@ class InterpretedModel(MindIRModel):
         noise: Noise | None = None,
     ) -> None:
         super().__init__(directory, bundle, weights)
-        self.used: set[str] = set()  # names of the graphs that were used so far
-        self.operators: set[str] = set()  # of these
+        self.operators: set[str] = set()  # of the graphs that were used so far
         self.watcher: Watcher | None = None
         width = self.engine.config.text.hidden_size
 
@@ -55,7 +54,6 @@ class InterpretedModel(MindIRModel):
             graph = InterpretedGraph(
                 directory, name, bundle, weights, arithmetic, noise, width, lambda: self.watcher
             )
-            self.used.add(name)
             self.operators |= graph.operators
             return graph
 

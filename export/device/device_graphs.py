@@ -27,9 +27,14 @@ class DeviceBundle:
         return self.graphs[graph]["inputs"]
 
     def of_kind(self, *kinds: str, taps: bool = False) -> list[str]:
-        """Graphs of some kinds, smallest first."""
+        """Graphs of some kinds, smallest first: by patches or context, then by tokens."""
         found = [n for n, g in self.graphs.items() if g["kind"] in kinds and g["taps"] == taps]
-        return sorted(found, key=lambda n: (self.graphs[n]["patches"] or self.graphs[n]["context"], n))
+
+        def size(name: str) -> tuple[int, int, str]:
+            graph = self.graphs[name]
+            return graph["patches"] or graph["context"], graph["tokens"] or 0, name
+
+        return sorted(found, key=size)
 
     def parameter_dtype(self, name: str) -> str:
         return self.manifest["parameter_dtype"] or self.weights[name]["dtype"]
