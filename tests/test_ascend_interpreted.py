@@ -138,8 +138,13 @@ def test_a_fault_of_the_graphs_that_generate_is_seen_in_their_logits_though_no_t
     oracle = parity.oracle()
     plan = replace(select(suite(oracle.config, found.limits), ("pieces",))[0], new_tokens=2)
     made = run_suite(oracle, candidate, [plan], SeededSource(oracle.config), seed=1)
-    bad = {f.tap for f in judge(made, load_profile("strict")).failures}
-    assert bad == (set() if what == "nothing" else {"last_logits"})
+    verdict = judge(made, load_profile("strict"))
+    assert {f.tap for f in verdict.failures} == (set() if what == "nothing" else {"last_logits"})
+    unused = [
+        "vision-64", "vision-64-taps", "prefill-64x256", "decode-256", "decode-256-taps",
+    ]  # fmt: skip
+    assert set(made["suite"]["unused"]) == set(unused)
+    assert f"graphs that no case ran, so not judged: {', '.join(made['suite']['unused'])}" in verdict.notes
 
 
 def test_a_wrong_weight_is_seen():

@@ -72,10 +72,18 @@ def test_the_suite_has_what_a_prefill_alone_does_not_show():
 
 
 def test_prompts_end_on_both_sides_of_every_border():
-    """Of the prefill chunk, of the first cache length, of the last."""
+    """Of each prefill chunk, of the first cache length, of the last."""
     borders = case("borders")
     first = borders.inputs["attention_mask"][:, : borders.calls[0]].sum(1).tolist()
     assert first == [47, 48, 49, 63, 64, 65] and borders.calls[1:] == (1, 1)
+    for chunk, smaller, lengths in (
+        (48, (40,), [39, 40, 41, 47, 48, 49, 63, 64, 65]),
+        (1024, (64, 256), [63, 64, 65, 255, 256, 257]),  # but `chunks` goes over that of 1024
+    ):
+        plans = suite(CONFIG, Limits((64, 4096), chunk, 256, smaller))
+        rows = {plan.name: plan.rows for plan in plans}
+        assert [row.tokens - 2 for row in rows["borders"]] == lengths
+        assert rows["chunks"][0].split_at == chunk < rows["chunks"][0].tokens < chunk + smaller[0]
     assert case("edge").inputs["input_ids"].shape == (1, 512)
     last = case("last-token")
     assert last.inputs["input_ids"].shape == (1, 511) and last.new_tokens == 1

@@ -109,7 +109,7 @@ def inspect(path: str | Path, through: str | None = None, arithmetic: str = "lif
     config = ModelConfig.from_file(path)
     if (path / BUNDLE).is_file():
         bundle = Bundle.load(path)
-        limits = Limits(bundle.contexts, bundle.prefill_chunk, bundle.patches[-1])
+        limits = Limits(bundle.contexts, bundle.prefill_chunk, bundle.patches[-1], bundle.smaller_chunks)
         here = bundle.target == "cpu"
         interpreted = through == "interpreter" or (through is None and not here)
         rounded = ""
@@ -221,6 +221,8 @@ class ModelCandidate:
             }
         if self.found.target:
             more["target"] = self.found.target
+        if self.limits.smaller_chunks:
+            more["smaller_chunks"] = list(self.limits.smaller_chunks)
         return more | {
             "kind": self.found.kind,
             "stage": self.found.stage,
@@ -248,6 +250,11 @@ class ModelCandidate:
         """As :meth:`run`, by the graphs with taps alone where there are any."""
         logits, taps = self._calls(inputs, calls, taps=self.found.taps)
         return taps | logits
+
+    def graphs(self) -> dict[str, bool]:
+        """Whether each graph of a bundle ran so far, by its name."""
+        bundle = getattr(self.model, "bundle", None)
+        return {name: name in self.model.used for name in bundle.graphs} if bundle else {}
 
     def own_source(self) -> Source | None:
         """Its own processor as a source of inputs, where it has one."""

@@ -38,15 +38,23 @@ class CaseError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate can take: cache lengths (ascending), tokens of a prefill graph, patches of an image."""
+    """What a candidate can take: cache lengths (ascending), tokens of a prefill graph, patches of an image.
+
+    `smaller_chunks`: tokens of its other prefill graphs, ascending; it takes for a prompt the one that this fills best.
+    """
 
     contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     chunk: int = 256
     patches: int = 4096
+    smaller_chunks: tuple[int, ...] = ()
 
     @property
     def context(self) -> int:
         return self.contexts[-1]
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        return (*self.smaller_chunks, self.chunk)
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,10 @@ def suite(config: ModelConfig, limits: Limits) -> list[Plan]:
     # The first two rows end in one call, so that a last token looked up in the wrong row shows.
     batch = (Row((grid(1, 2),)), Row(tokens=min(39, chunk)), Row((wide, grid(2, 1))))
     border = next((n for n in limits.contexts if n >= 32), context)
-    around = sorted({n + by for n in (chunk, border) for by in (-1, 0, 1) if 32 <= n + by <= context - 2})
-    long = chunk + chunk // 2 + 5
+    # One long row makes all as wide. Where there are smaller chunks the largest is run over its border by `chunks` alone.
+    sizes = {n for n in limits.chunks if n <= 512 or not limits.smaller_chunks} | {border}
+    around = sorted({n + by for n in sizes for by in (-1, 0, 1) if 32 <= n + by <= context - 2})
+    long = chunk + limits.chunks[0] // 2 + 5  # the rest in the smallest that there is
     full = min(limits.patches, (context - QUESTION) * kh * kw)
     page, full_page = (_page_grid(patches, kh, kw) for patches in (min(full, PAGE_PATCHES), full))
     plans = [

@@ -328,7 +328,7 @@ def _verify(
         "reference code": f"{code}, executed by {python}" if code else "transformers' own",
         "seed": seed,
         "context": links[0].found.limits.context,
-        "prefill chunk": links[0].found.limits.chunk,
+        "prefill chunk": ", ".join(map(str, links[0].found.limits.chunks)),
     }
     if dry_run:
         _show_plan(arguments, links[0].plans, as_json)

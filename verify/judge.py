@@ -306,6 +306,8 @@ def judge(link: dict[str, Any], profile: Profile) -> Verdict:
         )
     for skipped in link["suite"]["skipped"]:
         verdict.notes.append(f"case {skipped['name']} did not run: {skipped['why']}")
+    if unused := link["suite"].get("unused"):
+        verdict.notes.append(f"graphs that no case ran, so not judged: {', '.join(unused)}")
     for layer in link["suite"]["experts"]:
         if layer["used"] < layer["of"]:
             verdict.notes.append(

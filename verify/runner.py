@@ -61,6 +61,7 @@ def run_suite(
     """
     config = reference.config
     used = [set[int]() for _ in config.text.moe_layers]
+    graphs: dict[str, bool] = {}
     processor = own_source(candidate, source)
     cases, skipped, seconds = [], [], {}
     for plan in plans:
@@ -76,6 +77,7 @@ def run_suite(
                 spool[0].save_case(spool[1], plan.name, done)
         for layer, experts in zip(used, done["experts"]):
             layer.update(experts)
+        graphs |= {name: ran or graphs.get(name, False) for name, ran in done.get("graphs", {}).items()}
         cases.append(done["case"])
         seconds[plan.name] = done["seconds"]
     layers = [
@@ -83,6 +85,8 @@ def run_suite(
         for n, of in zip(config.text.moe_layers, used)
     ]
     suite = {"version": SUITE_VERSION, "seed": seed, "inputs": source.kind, "skipped": skipped}
+    if graphs:
+        suite["unused"] = [name for name, ran in graphs.items() if not ran]
     return {
         "header": {"seconds": seconds},
         "candidate": candidate.describe(),
@@ -101,7 +105,8 @@ def _run_case(
     other: Reference | None,
     processor: Source | None,
 ) -> dict[str, Any]:
-    """A case's record, the experts that the reference used in each MoE layer, and the time that each side took."""
+    """A case's record, the experts that the reference used in each MoE layer, the candidate's graphs and whether each ran
+    so far, and the time that each side took."""
     started = time.perf_counter()
     case, taps = _reference_taps(reference, candidate, plan, source, seed)
     greedy = reference.greedy(case.inputs, case.new_tokens) if case.new_tokens else None
@@ -120,7 +125,8 @@ def _run_case(
         record["noise"] = {tap: m["rel_l2"] for tap, m in again.items() if m.get("rel_l2") is not None}
     used = taps.get("router_topk_indices", ())
     experts = [np.unique(of_layer[of_layer >= 0]).tolist() for of_layer in used]
-    return {"case": record, "experts": experts, "seconds": took}
+    graphs = candidate.graphs() if hasattr(candidate, "graphs") else {}
+    return {"case": record, "experts": experts, "graphs": graphs, "seconds": took}
 
 
 def _reference_taps(
