@@ -189,13 +189,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def told(title: str, results: Results, machine: Machine) -> Iterator[str]:
-    yield f"{title}, reads {machine.bandwidth / 1e9:.1f} GB/s"
+    yield title
     yield ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     yield f"ours: {machine.ours}"
     if results.routing:
         yield routing_line(results.routing)
     yield ""
-    yield from engine_report.table(results.rows, machine.bandwidth)
+    yield from engine_report.table(results.rows)
     if results.memory:
         yield "\n" + memory_table(results.memory)
 

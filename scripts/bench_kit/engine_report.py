@@ -13,17 +13,17 @@ from .turns import UNSTEADY
 
 HEADINGS = (
     "case", "against", "ours, ms: min / median", "reference, ms: min / median", "ratio of min", "ratio of median",
-    "ours", "reference", "ours over the limit", "NMSE ours", "NMSE reference", "reference's kernels",
+    "ours", "reference", "memory reads", "ours over the limit", "the limit over the reference", "NMSE ours", "NMSE reference", "reference's kernels",
     "others, cores",
 )  # fmt: skip
 
 
-def table(rows: Sequence[Measured], bandwidth: float) -> Iterator[str]:
-    """A line per row; `bandwidth` in bytes a second gives the limit of what reads all its weights once."""
+def table(rows: Sequence[Measured]) -> Iterator[str]:
+    """A line per row; the limit is what reading all weights and the cache once takes, of least times."""
     yield "| " + " | ".join(HEADINGS) + " |"
     yield "|---" * len(HEADINGS) + "|"
     for row in [*rows, *without_head(rows)]:
-        yield "| " + " | ".join(_cells(row, bandwidth)) + " |"
+        yield "| " + " | ".join(_cells(row)) + " |"
 
 
 def ratios(row: Measured) -> tuple[float, float]:
@@ -50,7 +50,7 @@ def _less(seconds: Sequence[float], head: Sequence[float]) -> list[float]:
     return [min(seconds) - min(head), statistics.median(seconds) - statistics.median(head)]
 
 
-def _cells(row: Measured, bandwidth: float) -> Iterator[str]:
+def _cells(row: Measured) -> Iterator[str]:
     reads = row.case.kind in (DECODE, HEAD)
     least, middle = ratios(row)
     yield row.name
@@ -62,7 +62,13 @@ def _cells(row: Measured, bandwidth: float) -> Iterator[str]:
     unit = "GB/s" if reads else "GFLOP/s"
     yield _rate(row.ours_work, row.ours, unit)
     yield _rate(row.work, row.theirs, unit)
-    yield f"{min(row.ours) * bandwidth / row.ours_work:.2f}" if reads and row.ours_work else ""
+    if row.bandwidth and row.ours_work:
+        limit = row.ours_work / max(row.bandwidth)
+        yield f"{max(row.bandwidth) / 1e9:.0f} GB/s"
+        yield f"{min(row.ours) / limit:.2f}"
+        yield f"{limit / min(row.theirs):.2f}"
+    else:
+        yield from ("", "", "")
     for side in (OURS, row.reference):
         error = row.errors.get(side)
         yield "" if error is None else f"{error:.1e}"

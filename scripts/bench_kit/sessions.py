@@ -18,13 +18,14 @@ from kimi_vl.convert import EnvironmentProblem
 
 from . import costs
 from .cases import ANSWER, DECODE, HEAD, Case, largest_context, largest_picture
-from .turns import Turns, nmse, read_bandwidth, steadiness, take_turns, timed
+from .turns import Reading, nmse, steadiness, take_turns, timed
 
 if TYPE_CHECKING:
     from .our_side import OurSide
     from .torch_side import TorchSide
 
 OURS = "ours"
+READING = "reading"  # a side that only reads memory
 LLAMA = "llama.cpp"
 ROUTED = 256  # tokens of the prompt whose routing is compared
 COUNTED = 3  # turns in which a batch's experts are counted
@@ -101,17 +102,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it ran: bytes that are read in a second, versions, our side's name."""
+    """Where it ran: versions, our side's name."""
 
-    bandwidth: float
     versions: dict[str, str]
     ours: str
 
     def joined(self, other: Machine) -> Machine:
-        """The larger bandwidth: less is what others left of it."""
-        return replace(
-            self, bandwidth=max(self.bandwidth, other.bandwidth), versions=self.versions | other.versions
-        )
+        return replace(self, versions=self.versions | other.versions)
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,7 @@ class Measured:
         attempts, others: see `turns.Turns`.
         errors: NMSE by side against Torch in fp32; `None` where that is not known.
         work, ours_work: bytes or operations that the reference and our side cannot do without, 0 where not counted.
+        bandwidth: bytes that were read from memory in a second, by turn, where work is bytes.
     """
 
     case: Case
@@ -149,6 +147,7 @@ class Measured:
     errors: dict[str, float | None] = field(default_factory=dict)
     work: float = 0
     ours_work: float = 0
+    bandwidth: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -168,15 +167,13 @@ def compare(setting: Setting, name: str, exact: dict[str, np.ndarray]) -> Iterat
 
     Yields:
         Machine, of Torch RoutingFound, then of each case that the reference takes (name, results of turn 0) and its
-        Measured, and Machine again.
+        Measured.
     """
     setting.confine()
     setting.set_torch_threads()
-    bandwidth = read_bandwidth(setting.threads)
     ours = setting.our_side()
     theirs = setting.reference(name)
-    machine = Machine(bandwidth, ours.versions | theirs.versions, ours.name)
-    yield machine
+    yield Machine(ours.versions | theirs.versions, ours.name)
     if routing := _routing(ours, theirs):  # also touches most of the weights of both
         yield routing
     for case in filter(theirs.takes, setting.cases):
@@ -194,21 +191,18 @@ def compare(setting: Setting, name: str, exact: dict[str, np.ndarray]) -> Iterat
         errors = {OURS: mine}
         if theirs.fills_cache or not case.cached:
             errors[theirs.name] = results
-        turns = _turns(setting, timed(run), timed(reference), theirs.name)
+        sides = {OURS: timed(run), theirs.name: timed(reference)}
+        reading = Reading() if case.kind in (DECODE, HEAD) else None
+        if reading:
+            sides[READING] = timed(reading)
+        turns = take_turns(sides, theirs.name, setting.rounds, setting.budget)
+        bandwidth = reading.speeds(turns.times[READING][""]) if reading else []
         work, our_work = _work(case, ours, theirs, reference)
         yield Measured(
             case, "", theirs.name, next(iter(variants)), variants, first,
             turns.times[OURS][""], turns.times[theirs.name][""], turns.attempts, turns.others,
-            {side: None if true is None else nmse(got, true) for side, got in errors.items()}, work, our_work,
+            {side: None if true is None else nmse(got, true) for side, got in errors.items()}, work, our_work, bandwidth,
         )  # fmt: skip
-
-    yield replace(
-        machine, bandwidth=read_bandwidth(setting.threads)
-    )  # once more, where others worked at first
-
-
-def _turns(setting: Setting, run: Any, reference: Any, name: str) -> Turns:
-    return take_turns({OURS: run, name: reference}, name, setting.rounds, setting.budget)
 
 
 def _answer(setting: Setting, case: Case, ours: OurSide, theirs: TorchSide) -> Iterator[Measured]:
@@ -218,12 +212,11 @@ def _answer(setting: Setting, case: Case, ours: OurSide, theirs: TorchSide) -> I
     first = time.perf_counter() - start
     variants = theirs.fastest(case, reference)
     parts = "first token", "a token after it"
-    turns = _turns(
-        setting,
-        lambda turn: dict(zip(parts, run(turn))),
-        lambda turn: dict(zip(parts, reference(turn))),
-        theirs.name,
-    )
+    sides = {
+        OURS: lambda turn: dict(zip(parts, run(turn))),
+        theirs.name: lambda turn: dict(zip(parts, reference(turn))),
+    }
+    turns = take_turns(sides, theirs.name, setting.rounds, setting.budget)
     for part in parts:
         yield Measured(
             case, part, theirs.name, next(iter(variants)), variants, first,

@@ -1,4 +1,4 @@
-"""Two sides that take turns, so that they share whatever else the machine does."""
+"""Sides that take turns, so that they share whatever else the machine does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Times = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Turns:
-    """What two sides took.
+    """What the sides took.
 
     Attributes:
         times: seconds by side, and by what its runs time.
@@ -44,7 +44,7 @@ def steadiness(seconds: Sequence[float]) -> float:
 def take_turns(
     runs: Mapping[str, Callable[[int], Mapping[str, float]]], reference: str, rounds: int, budget: float
 ) -> Turns:
-    """Runs both in turns. An attempt in which the reference was unsteady is made again, at most ATTEMPTS times; the
+    """Runs all in turns. An attempt in which the reference was unsteady is made again, at most ATTEMPTS times; the
     steadiest is taken.
 
     Args:
@@ -102,14 +102,21 @@ def nmse(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(((a - b) ** 2).sum() / (b**2).sum())
 
 
-def read_bandwidth(threads: int, nbytes: int = 1 << 30, tries: int = 8) -> float:
-    """Bytes that Torch's threads, which are to be `threads`, read in a second from memory; `nbytes` for each of them."""
-    import torch
+class Reading:
+    """Reads memory and does nothing else: a side whose speed is the limit of what has to read all its weights.
 
-    numbers = torch.ones(threads * nbytes // 4)
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - start)
-    return numbers.nbytes / min(seconds)
+    It takes its turns with the others, because what is left of the memory's speed on a shared machine changes by the
+    minute. Torch's threads read.
+    """
+
+    def __init__(self, nbytes: int = 1 << 29) -> None:
+        import torch
+
+        self._numbers = torch.ones(nbytes // 4)
+
+    def __call__(self, turn: int) -> None:
+        self._numbers.sum()
+
+    def speeds(self, seconds: Sequence[float]) -> list[float]:
+        """Bytes a second."""
+        return [self._numbers.nbytes / s for s in seconds]
