@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import bundles
 import mindspore as ms
@@ -21,6 +22,7 @@ from kimi_vl.export.liveness import live
 from kimi_vl.export.nodes import read_nodes
 from kimi_vl.export.plan import open_converted
 from kimi_vl.export.trace import Tracer
+from kimi_vl.modeling.kernels import plain
 from kimi_vl.modeling.parameters import empty_parameter
 
 BF16 = "tiny8-bf16"
@@ -112,6 +114,20 @@ def test_the_first_layers_need_what_the_whole_network_needs(target, tmp_path):
     whole = {g.name: live(read_nodes(tracer.trace(g))).nbytes for g in plan.graphs}
     assert memory.estimate(plan) == memory.of_graphs(plan, whole)
     assert memory.estimate(plan).live == max(whole.values())
+
+
+def test_one_expert_is_copied_at_a_time():
+    config = SimpleNamespace(num_experts_per_tok=2, n_routed_experts=16)
+    shapes = {"x": (2, 8), "gate_up": (16, 8, 6), "down": (16, 3, 8), "indices": (2, 2), "weights": (2, 2)}
+    arrays = [np.zeros(s, np.int32 if name == "indices" else np.float32) for name, s in shapes.items()]
+    nodes = read_nodes(trace(plain.Experts(config), *arrays)).nodes
+    before: dict[str, set[str]] = {}  # what has to be done first, by value
+    for node in nodes:
+        inputs = [v for v in node.inputs if v in before]
+        before[node.output] = set(inputs).union(*(before[v] for v in inputs))
+    copies = [node.output for node in nodes if node.operator == "Gather"]
+    assert len(copies) == 8
+    assert sorted(len(before[copy].intersection(copies)) for copy in copies) == list(range(8))
 
 
 def test_every_graph_for_a_device_has_a_cache_of_its_own():

@@ -343,6 +343,13 @@ class PlainLatentAttention(BatchAttention):
         return ops.concat(out, 0)
 
 
+class PlainExperts(plain.Experts):
+    """In no order of their own: that is for a processor's cache."""
+
+    def after(self, done, expert):
+        return expert
+
+
 class VisionAttention(nn.Cell):
     """One image per call; what its patches from `valid` on attend to is not defined, and nobody attends to them."""
 
@@ -369,7 +376,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "VisionAttention": plain.VisionAttention,
         },
     },
-    "experts": {"fused": {}, "plain": {"Experts": plain.Experts}},
+    "experts": {"fused": {}, "plain": {"Experts": PlainExperts}},
     "cache_write": {
         "scatter": {},
         "scatter-nd": cache_writes.SCATTER_ND,

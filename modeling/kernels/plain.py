@@ -241,10 +241,11 @@ class Router(nn.Cell):
 class Experts(nn.Cell):
     """Routed experts without data-dependent shapes: no token is ever dropped, whatever the skew.
 
-    Few rows (decoding): one gathered expert per row and slot. Many rows: every expert on every row, its activation
-    weighted with 0 where it was not chosen, and the sum over the experts. (One product over experts and width at once
-    would sum by itself, but wants `down` as a matrix: the CPU's Reshape copies a parameter, and the copies of all
-    layers, which wait for nothing, would be made at the start and live at once.)
+    Few rows (decoding): one gathered expert per row and slot, each after the product before it, so that all are copied to
+    the same memory, and the processor's cache still holds them when they are multiplied. Many rows: every expert on
+    every row, its activation weighted with 0 where it was not chosen, and the sum over the experts. (One product over
+    experts and width at once would sum by itself, but wants `down` as a matrix: the CPU's Reshape copies a parameter,
+    and the copies of all layers, which wait for nothing, would be made at the start and live at once.)
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -262,13 +263,15 @@ class Experts(nn.Cell):
         rows = x.shape[0]
         if rows * self.k * 4 <= self.experts:
             out = ()
+            done = x
             for r in range(rows):
                 y = x[r : r + 1]
                 total = ops.zeros_like(y)
                 for s in range(self.k):
-                    e = indices[r, s]
+                    e = self.after(done, indices[r, s])
                     h = self.swiglu(self.matmul(y, self.gather(gate_up, e, 0)))
-                    total = total + self.matmul(h, self.gather(down, e, 0)) * weights[r, s]
+                    total = total + self.matmul(h, self.gather(down, self.after(h, e), 0)) * weights[r, s]
+                    done = total
                 out += (total,)
             result = ops.concat(out, 0)
         else:
@@ -282,6 +285,10 @@ class Experts(nn.Cell):
             h = h * ops.broadcast_to(share, h.shape)
             result = self.sum(self.batch_matmul(h, down), 0)  # (E, R, H) -> (R, H)
         return result
+
+    def after(self, done, expert):
+        """`expert`, a scalar, once `done` is computed."""
+        return ops.depend(expert, done)
 
 
 class Slots(nn.Cell):
