@@ -66,8 +66,8 @@ def _latent_attention(node: Node, operands: list[Tensor]) -> int:
 
 
 def _vision_attention(node: Node, operands: list[Tensor]) -> int:
-    """Queries, keys and values [N, heads, D]."""
-    return 4 * operands[0].shape[0] * math.prod(operands[0].shape)
+    """Queries, keys and values [N, 3 * heads * D]."""
+    return 4 * operands[0].shape[0] * math.prod(operands[0].shape) // 3
 
 
 PRODUCTS: dict[str, Callable[[Node, list[Tensor]], int]] = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mindspore as ms
 from mindspore import lazy_inline, nn, ops
-from mindspore.ops import operations as P
 
 from .configuration import ModelConfig, VisionConfig
 from .kernels import Kernels
@@ -70,22 +69,15 @@ class VisionBlock(nn.Cell):
     def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.heads = config.num_attention_heads
         self.norm0 = LayerNorm(kernels, dtype, d)
         self.norm1 = LayerNorm(kernels, dtype, d)
         self.wqkv = Linear(kernels, dtype, d, 3 * d, bias=True)
         self.wo = Linear(kernels, dtype, d, d, bias=True)
         self.mlp = VisionMLP(kernels, dtype, config)
-        self.rotate = kernels.RotateHeads()
-        self.split = P.Split(1, 3)
         self.attention = kernels.VisionAttention(config, dtype)
 
     def construct(self, x, tables, valid):
-        shape = (x.shape[0], self.heads, -1)
-        q, k, v = self.split(self.wqkv(self.norm0(x)))
-        q = self.rotate(ops.reshape(q, shape), tables)  # (N, heads, head_dim)
-        k = self.rotate(ops.reshape(k, shape), tables)
-        x = x + self.wo(self.attention(q, k, ops.reshape(v, shape), valid))
+        x = x + self.wo(self.attention(self.wqkv(self.norm0(x)), tables, valid))
         return x + self.mlp(self.norm1(x))
 
 

@@ -127,9 +127,12 @@ def latent_attention(q_nope, q_rope, cache, start, k_b, v_b, *, kept=as_is):
     return np.einsum("hts,hsv->thv", shares, values).reshape(tokens, -1)
 
 
-def vision_attention(q, k, v, valid, *, kept=as_is):
-    """The first `valid` patches attend to each other; the rest is 0."""
-    q, k, v = exactly(q, k, v)
+def vision_attention(qkv, cos, sin, valid, *, kept=as_is):
+    """The first `valid` patches attend to each other, queries and keys rotated; the rest is 0."""
+    q, k, v = (
+        part.reshape(len(qkv), -1, 2 * cos.shape[1]) for part in np.split(qkv.astype(np.float64), 3, 1)
+    )
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     n = int(valid[0])
     scores = np.einsum("nhd,mhd->hnm", kept(q[:n] / math.sqrt(q.shape[2])), kept(k[:n]))
     out = np.zeros((len(q), q.shape[1] * q.shape[2]))

@@ -25,7 +25,7 @@ def latent(tokens, start, slots, dtype):
 
 
 def picture(valid):
-    return *(R.normal(70, 3, 24, scale=2) for _ in range(3)), array(valid, dtype=I32)
+    return R.normal(70, 3 * 3 * 24, scale=2), R.normal(70, 12), R.normal(70, 12), array(valid, dtype=I32)
 
 
 def weights(*shape, dtype):
@@ -129,6 +129,7 @@ REFUSED = {
     "an expert that does not exist": (changed("experts", 3, array(0, 1, 8, dtype=I32)[None]), "from 0 to 7"),
     "a token past the cache": (changed("latent_attention", 3, array(64, dtype=I32)), "starts at 64 with 1 tokens in a cache of 64"),
     "a picture without patches": (changed("vision_attention", 3, array(0, dtype=I32)), "has 0 valid patches of 70"),
+    "a picture's tables of another width": (changed("vision_attention", 1, R.normal(70, 11)), r"tables \[70, 11\]"),
     "parts of another width": (changed("split", 0, R.normal(4, 3, 25)), r"splits \[4, 3, 25\] into parts of \[16, 8\]"),
     "a weight of another width": (changed("linear", 1, R.normal(32, 47)), "multiplies"),
     "a weight in fp16": (changed("linear", 1, R.normal(32, 48, dtype=np.float16)), "takes float16, expected bfloat16 or float32"),

@@ -122,12 +122,10 @@ def test_a_start_outside_the_cache_is_refused(isa, t, start):
 
 
 def image(r: Numbers, n: int, heads: int, dim: int, valid: int):
-    """q, k, v and how many patches are valid."""
-    return [
-        *(r.normal(n, heads, dim, scale=2) for _ in range(2)),
-        r.normal(n, heads, dim),
-        array(valid, dtype=I32),
-    ]
+    """Queries, keys and values, tables and how many patches are valid."""
+    parts = r.normal(n, heads * dim, scale=2), r.normal(n, heads * dim, scale=2), r.normal(n, heads * dim)
+    angles = r.normal(n, dim // 2, scale=3)
+    return [np.concatenate(parts, 1), np.cos(angles), np.sin(angles), array(valid, dtype=I32)]
 
 
 def check_image(*inputs):
@@ -140,11 +138,15 @@ def check_image(*inputs):
         check("vision_attention_rounded", *inputs)
 
 
-@pytest.mark.parametrize("heads, dim", [(3, 24), (1, 1), (2, 17), (2, 72)])
+@pytest.mark.parametrize("heads, dim", [(3, 24), (1, 4), (2, 18), (2, 72)])
 def test_every_patch_attends_to_the_valid_ones(isa, heads, dim):
     r = Numbers(dim)
     for n, valid in ((1, 1), (2, 1), (4, 4), (64, 64), (100, 65), (150, 128), (200, 133)):
         check_image(*image(r, n, heads, dim, valid))
+
+
+def test_a_head_may_be_one_pair(isa):
+    check("vision_attention", *image(Numbers(), 70, 3, 2, 65))
 
 
 def test_a_large_image_is_attended_to_in_blocks(isa):
@@ -156,7 +158,7 @@ def test_a_large_image_is_attended_to_in_blocks(isa):
 def test_what_padding_patches_hold_reaches_no_valid_patch(isa, name, padding):
     inputs = image(Numbers(), 200, 2, 24, 140)
     (before,) = run(name, *inputs)
-    for a in inputs[:3]:
+    for a in inputs[:3]:  # and what is rotated with it
         a[140:] = padding
     (after,) = run(name, *inputs)
     assert before[:140].tobytes() == after[:140].tobytes()
@@ -166,10 +168,10 @@ def test_what_padding_patches_hold_reaches_no_valid_patch(isa, name, padding):
 def test_nan_and_infinity_in_patches_come_out_where_they_should(isa, name):
     r = Numbers()
     queries = image(r, 150, 2, 24, 140)
-    queries[0][3, 0, 5], queries[0][149, 1, 2], queries[0][7, 0, 0] = np.nan, np.inf, -np.inf
+    queries[0][3, 5], queries[0][149, 24 + 2], queries[0][7, 0] = np.nan, np.inf, -np.inf
     check(name, *queries, tolerance=ROUNDED)
     keys = image(r, 150, 2, 24, 140)
-    keys[1][3, 0, 5], keys[2][20, 1, 7], keys[2][21, 1, 8] = np.inf, np.nan, -np.inf
+    keys[0][3, 48 + 5], keys[0][20, 96 + 24 + 7], keys[0][21, 96 + 24 + 8] = np.inf, np.nan, -np.inf
     check(name, *keys, tolerance=ROUNDED)
 
 

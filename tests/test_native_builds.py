@@ -83,7 +83,7 @@ def cases() -> Iterator[Case]:
             yield name, [r.normal(t, 54, scale=3)], {}
         yield "router", [r.normal(t, 40), r.weight(9, 40, inputs=40), r.normal(9), array(1, 2.446)], {"k": 3}
         for valid in {1, t // 2 + 1, t}:
-            patches = [r.normal(t, 3, 18) for _ in "qkv"]
+            patches = r.normal(t, 3 * 3 * 18), r.normal(t, 9), r.normal(t, 9)
             yield "vision_attention", [*patches, array(valid, dtype=np.int32)], {}
 
 

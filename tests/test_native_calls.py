@@ -32,7 +32,7 @@ def examples(t: int, dtype=F32, seed: int = 0):
     x = r.normal(t, 64)
     indices, shares = r.experts(t, 6, 3), r.rng.random((t, 3), F32)
     queries = r.normal(t, 3, 12), r.normal(t, 3, 8)
-    patches = [r.normal(t, 2, 12) for _ in range(3)]
+    patches = r.normal(t, 3 * 2 * 12), r.normal(t, 6), r.normal(t, 6)
     start, valid = array(30, dtype=I32), array(max(1, t - 2), dtype=I32)
     return {
         "linear": ((x, weight(70, 64, inputs=64), weight(70)), {}),
@@ -179,8 +179,9 @@ import numpy as np
 import native
 native.library().kimi_set_threads(2)
 native.run("gelu_tanh", np.ones((100, 1000), np.float32))  # the threads are there
-q = np.ones((300_000, 2, 64), np.float32)  # 77 MB for a head: a thread may hold 64 in reserve
-arrays = [q, q, q, native.array(300_000, dtype=native.I32), np.empty((300_000, 128), np.float32)]
+qkv = np.ones((300_000, 3 * 2 * 64), np.float32)  # 77 MB for a head: a thread may hold 64 in reserve
+table = np.ones((300_000, 32), np.float32)
+arrays = [qkv, table, table, native.array(300_000, dtype=native.I32), np.empty((300_000, 128), np.float32)]
 arguments, _alive = native.pointers(arrays, [a.shape for a in arrays], [str(a.dtype).encode() for a in arrays])
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), -1))

@@ -102,7 +102,7 @@ for dtype in native.WEIGHTS:
     k_b, v_b = r.weight(3, 20, 40, dtype=dtype, inputs=40), r.weight(3, 12, 40, dtype=dtype, inputs=40)
     queries = r.normal(30, 3, 20), r.normal(30, 3, 8)
     check("latent_attention", *queries, r.normal(99, 48), array(50, dtype=I32), k_b, v_b)
-check("vision_attention_rounded", *(r.normal(150, 2, 12) for _ in range(3)), array(140, dtype=I32))
+check("vision_attention_rounded", r.normal(150, 72), r.normal(150, 6), r.normal(150, 6), array(140, dtype=I32))
 print("checked")
 """
 

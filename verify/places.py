@@ -136,15 +136,13 @@ class _Finder:
         }
 
     def _rotated(self, qkv: str | None, attention: str | None) -> Sequence[str | None]:
-        """Where halves of a head come together again, or a fused operator has turned them: the queries, then the keys."""
+        """Where halves of a head come together again: the queries, then the keys."""
         if qkv is None or attention is None:
             return None, None
         half = self.config.vision.head_dim // 2
         between = self.paths.before(attention, [qkv])
         found = [
-            node.output
-            for node in self.paths.nodes
-            if node.output in between and (node.operator == "kimi_rotate" or self._joins(node, half))
+            node.output for node in self.paths.nodes if node.output in between and self._joins(node, half)
         ]
         return found if len(found) == 2 else (None, None)
 

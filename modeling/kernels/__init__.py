@@ -22,8 +22,7 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``GeluTanh()``, ``GeluErf()`` | [N, D] -> [N, D] |
 | ``Interpolate(taps)`` | table [entries, D], taps [N, taps] int32, weights [N, taps] -> [N, D] |
 | ``ImageTables(heads)`` | cos, sin [N, dim / 2] -> tables, made once for all blocks |
-| ``RotateHeads()`` | x [N, heads, dim], tables -> x, rotated in half-split pairs |
-| ``VisionAttention(config, dtype)`` | q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden] |
+| ``VisionAttention(config, dtype)`` | queries, keys and values [N, 3 * hidden], the first two of which it rotates in half-split pairs, tables, valid [1] int32 -> [N, hidden] |
 | ``cache_shapes(batch, context, width)`` | the shapes of one layer's cache parameters |
 | ``parameter_dtype(dtype)`` | the dtype that parameters of a model in ``dtype`` have on this backend |
 | ``activation_dtype(dtype)`` | the dtype of what a model in ``dtype`` computes: inputs, outputs, caches |

@@ -36,7 +36,6 @@ GeluTanh = common.GeluTanh
 GeluErf = common.GeluErf
 Interpolate = common.Interpolate
 ImageTables = common.ImageTables
-RotateHeads = common.RotateHeads
 Slots = cache_writes.Starts
 CacheWrite = cache_writes.KVCacheScatterWrite
 cache_shapes = shapes.cache_of_batch
@@ -350,18 +349,18 @@ class PlainExperts(plain.Experts):
         return expert
 
 
-class VisionAttention(nn.Cell):
+class VisionAttention(common.VisionAttention):
     """One image per call; what its patches from `valid` on attend to is not defined, and nobody attends to them."""
 
     fused_attention = FusedAttention
 
     def __init__(self, config: VisionConfig, dtype: ms.Type) -> None:
-        super().__init__()
+        super().__init__(config, dtype)
         d = config.head_dim
         self.swap = HeadsFirst()
         self.fused = self.fused_attention(config.num_attention_heads, d, d, d**-0.5, PRECISE)
 
-    def construct(self, q, k, v, valid):
+    def attend_heads(self, q, k, v, valid):
         q, k, v = self.swap(q.expand_dims(0)), self.swap(k.expand_dims(0)), self.swap(v.expand_dims(0))
         y = self.fused(q, k, v, None, ops.cast(valid, ms.int64))  # (1, heads, N, head_dim)
         return ops.reshape(self.swap(y), (q.shape[2], -1))

@@ -6,6 +6,8 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.ops import operations as P
 
+from ..configuration import VisionConfig
+
 
 class RotateHalf(nn.Cell):
     """x [R, heads, 2F] and what :func:`rotary_tables` gives -> x rotated in half-split pairs, element by element."""
@@ -34,13 +36,25 @@ class ImageTables(nn.Cell):
         return rotary_tables(cos, sin, self.heads)
 
 
-class RotateHeads(nn.Cell):
-    def __init__(self) -> None:
+class VisionAttention(nn.Cell):
+    """Takes queries, keys and values apart and rotates the first two; a backend has `attend_heads` for the rest."""
+
+    def __init__(self, config: VisionConfig, dtype: ms.Type) -> None:
         super().__init__()
+        self.heads = config.num_attention_heads
+        self.split = P.Split(1, 3)
         self.rotate = RotateHalf()
 
-    def construct(self, x, tables):
-        return self.rotate(x, tables[0], tables[1])
+    def construct(self, qkv, tables, valid):
+        shape = (qkv.shape[0], self.heads, -1)
+        q, k, v = self.split(qkv)
+        q = self.rotate(ops.reshape(q, shape), tables[0], tables[1])
+        k = self.rotate(ops.reshape(k, shape), tables[0], tables[1])
+        return self.attend_heads(q, k, ops.reshape(v, shape), valid)
+
+    def attend_heads(self, q, k, v, valid):
+        """q, k, v [N, heads, head_dim], valid [1] int32 -> [N, hidden]."""
+        raise NotImplementedError
 
 
 class LayerNorm(nn.Cell):

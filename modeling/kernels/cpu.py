@@ -126,22 +126,14 @@ class RotaryTables(ImageTables):
         super().__init__(heads)
 
 
-class RotateHeads(nn.Cell):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rotate = operator("rotate", lambda x, cos, sin: x)
-
-    def construct(self, x, tables):
-        return self.rotate(x, tables[0], tables[1])
-
-
 class Rotate(nn.Cell):
     def __init__(self, heads: int, dim: int) -> None:
         super().__init__()
-        self.rotate = RotateHeads()
+        self.rotate = operator("rotate", lambda x, cos, sin: x)
 
     def construct(self, q, k, tables):
-        return self.rotate(q, tables), ops.reshape(self.rotate(k.expand_dims(1), tables), k.shape)
+        cos, sin = tables
+        return self.rotate(q, cos, sin), ops.reshape(self.rotate(k.expand_dims(1), cos, sin), k.shape)
 
 
 class SwiGLU(nn.Cell):
@@ -263,7 +255,7 @@ class VisionAttention(nn.Cell):
     def __init__(self, config: VisionConfig, dtype: ms.Type) -> None:
         super().__init__()
         name = "vision_attention_rounded" if dtype == ms.bfloat16 else "vision_attention"
-        self.attention = operator(name, lambda q, k, v, valid: [q[0], q[1] * q[2]])
+        self.attention = operator(name, lambda qkv, cos, sin, valid: [qkv[0], qkv[1] // 3])
 
-    def construct(self, q, k, v, valid):
-        return self.attention(q, k, v, valid)
+    def construct(self, qkv, tables, valid):
+        return self.attention(qkv, tables[0], tables[1], valid)

@@ -25,7 +25,6 @@ GeluTanh = common.GeluTanh
 GeluErf = common.GeluErf
 Interpolate = common.Interpolate
 ImageTables = common.ImageTables
-RotateHeads = common.RotateHeads
 Linear = ascend.Linear
 RMSNorm = ascend.RMSNorm
 AddRMSNorm = ascend.AddRMSNorm

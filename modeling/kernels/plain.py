@@ -36,7 +36,6 @@ GeluTanh = common.GeluTanh
 GeluErf = common.GeluErf
 Interpolate = common.Interpolate
 ImageTables = common.ImageTables
-RotateHeads = common.RotateHeads
 
 
 def parameter_dtype(dtype: ms.Type) -> ms.Type:
@@ -414,7 +413,7 @@ class LatentAttention(nn.Cell):
         return self.merge_heads(y)  # (T, heads * v)
 
 
-class VisionAttention(nn.Cell):
+class VisionAttention(common.VisionAttention):
     """Full attention within one image, in query blocks; patches from `valid` on are padding and not seen.
 
     A key has one more number, MASKED if it is padding and else 0, which every query takes with weight 1. So scores come
@@ -422,8 +421,7 @@ class VisionAttention(nn.Cell):
     """
 
     def __init__(self, config: VisionConfig, dtype: ms.Type) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
+        super().__init__(config, dtype)
         self.scale = config.head_dim**-0.5
         self.split_heads = SplitHeads(self.heads)
         self.merge_heads = MergeHeads()
@@ -431,7 +429,7 @@ class VisionAttention(nn.Cell):
         self.batch_matmul_t = P.BatchMatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
 
-    def construct(self, q, k, v, valid):
+    def attend_heads(self, q, k, v, valid):
         n = q.shape[0]
         padding = ops.greater_equal(ops.cast(ops.range(0, n, 1), ms.int32), valid)
         mask = ops.cast(ops.cast(padding, ms.float32) * MASKED, k.dtype)

@@ -160,7 +160,7 @@ def kernel(tracer: Tracer, **changed: Any) -> None:
 
 
 class PaddingAttended(ascend.VisionAttention):
-    def construct(self, q, k, v, valid):
+    def attend_heads(self, q, k, v, valid):
         q, k, v = self.swap(q.expand_dims(0)), self.swap(k.expand_dims(0)), self.swap(v.expand_dims(0))
         lengths = ops.cast(ops.cast(valid, ms.float32) * 0.0 + q.shape[2], ms.int64)
         y = self.fused(q, k, v, None, lengths)
@@ -169,7 +169,7 @@ class PaddingAttended(ascend.VisionAttention):
 
 def padding_attended(tracer: Tracer) -> None:
     for block in tracer.vision_tower.encoder.blocks:
-        block.attention = PaddingAttended(tracer.config.vision)
+        block.attention = PaddingAttended(tracer.config.vision, tracer.dtype)
 
 
 # ---- activations and the projector -----------------------------------------------------------------------------------

@@ -165,14 +165,22 @@ def latent_attention(
 
 
 @rule("kimi_vision_attention", "kimi_vision_attention_rounded", result=_FP32)
-def vision_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
-    """The first `valid` [1] patches of [N, heads, D] attend to each other -> [N, heads * D]; the rest is padding, and 0."""
+def vision_attention(qkv: Tensor, cos: Tensor, sin: Tensor, valid: Tensor) -> Tensor:
+    """The first `valid` [1] patches attend to each other -> [N, heads * D]; the rest is padding, and 0.
+
+    qkv [N, 3 * heads * D]; the queries and keys are rotated, see :func:`rotate`.
+    """
     seen = int(valid)
-    require(0 < seen <= len(k), f"has {seen} valid patches of {len(k)}")
-    require(q.shape == k.shape == v.shape, "has queries, keys and values of several shapes")
-    queries, keys, values = (t[:seen].transpose(0, 1) for t in (q, k, v))
+    require(0 < seen <= len(qkv), f"has {seen} valid patches of {len(qkv)}")
+    width = 6 * cos.shape[-1]
+    require(
+        qkv.shape[-1] % width == 0,
+        f"has tables {list(cos.shape)} for queries, keys and values {list(qkv.shape)}",
+    )
+    q, k, v = (part.unflatten(-1, (-1, 2 * cos.shape[-1])) for part in qkv.chunk(3, -1))
+    queries, keys, values = (t[:seen].transpose(0, 1) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
     y = _attended(queries, keys, values, torch.zeros(1, dtype=torch.bool))
-    return F.pad(y, (0, 0, 0, len(q) - seen))
+    return F.pad(y, (0, 0, 0, len(qkv) - seen))
 
 
 def _attended(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:

@@ -214,9 +214,9 @@ void expanded_rounded(const LatentSizes &s, int64_t t, int64_t start, const floa
 // Vision -------------------------------------------------------------------------------------------------------------
 
 template <class E>
-void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const float *q, const float *k, const float *v,
+void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const float *qkv, const float *cos, const float *sin,
                   float *y) {
-  const int64_t ld = heads * dim, padded = rounded_up(valid, kStep);
+  const int64_t ld = heads * dim, half = dim / 2, padded = rounded_up(valid, kStep);
   const float scale = 1.f / std::sqrt(float(dim));
   std::fill_n(y + valid * ld, (n - valid) * ld, 0.f);
   const int64_t per_part = queries_of_part(valid, heads), parts = (valid + per_part - 1) / per_part;
@@ -224,6 +224,10 @@ void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const fl
     const int64_t h = unit / parts, first = unit % parts * per_part, rows = std::min(per_part, valid - first);
     auto queries = scratch<E>(rows * dim), keys = scratch<E>(padded * dim), values = scratch<E>(dim * padded);
     auto turned = scratch<float>(dim * kStep), row = scratch<float>(dim);
+    const float *q = qkv + h * dim, *k = q + ld, *v = k + ld;  // of this head, 3 * ld from patch to patch
+    const auto rotate = [&](const float *part, int64_t r) {
+      isa().rotate(half, part + r * 3 * ld, cos + r * half, sin + r * half, row.get());
+    };
     for (int64_t at = 0; at < padded; at += kStep) {
       const int64_t held = std::min(kStep, valid - at);
       if (held < kStep) {
@@ -231,14 +235,15 @@ void attend_image(int64_t n, int64_t heads, int64_t dim, int64_t valid, const fl
         std::fill_n(keys.get() + (at + held) * dim, (kStep - held) * dim, E{});
       }
       for (int64_t r = 0; r < held; ++r) {
-        const float *from = v + (at + r) * ld + h * dim;
+        const float *from = v + (at + r) * 3 * ld;
         for (int64_t i = 0; i < dim; ++i) turned[i * kStep + r] = from[i];
-        put(dim, k + (at + r) * ld + h * dim, keys.get() + (at + r) * dim);
+        rotate(k, at + r);
+        put(dim, row.get(), keys.get() + (at + r) * dim);
       }
       for (int64_t i = 0; i < dim; ++i) put(kStep, turned.get() + i * kStep, values.get() + i * padded + at);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(row.get(), q + (first + r) * ld + h * dim, dim * sizeof(float));
+      rotate(q, first + r);
       isa().scale(dim, scale, row.get());
       put(dim, row.get(), queries.get() + r * dim);
     }
@@ -264,12 +269,12 @@ template void latent_attention(const LatentSizes &, int64_t, int64_t, const floa
 template void latent_attention(const LatentSizes &, int64_t, int64_t, const float *, const float *, const float *,
                                const float *, const float *, float *);
 
-void vision_attention(int64_t n, int64_t heads, int64_t dim, int64_t valid, const float *q, const float *k,
-                      const float *v, bool rounded, float *y) {
+void vision_attention(int64_t n, int64_t heads, int64_t dim, int64_t valid, const float *qkv, const float *cos,
+                      const float *sin, bool rounded, float *y) {
   if (rounded && rounds())
-    attend_image<bf16>(n, heads, dim, valid, q, k, v, y);
+    attend_image<bf16>(n, heads, dim, valid, qkv, cos, sin, y);
   else
-    attend_image<float>(n, heads, dim, valid, q, k, v, y);
+    attend_image<float>(n, heads, dim, valid, qkv, cos, sin, y);
 }
 
 }  // namespace kimi

@@ -111,10 +111,10 @@ int each_number(const Call &c, F f) {
 }
 
 int attend_image(const Call &c, bool rounded) {
-  if (c.count() != 5 || !c.has(0, "float32", {kAny, kAny, kAny})) return kBadShape;
-  const int64_t n = c.dim(0, 0), heads = c.dim(0, 1), dim = c.dim(0, 2);
-  const auto like_q = {n, heads, dim};
-  if (!c.has(1, "float32", like_q) || !c.has(2, "float32", like_q) || !c.has(3, "int32", {1}) || !c.has(4, "float32", {n, heads * dim}))
+  if (c.count() != 5 || !c.has(0, "float32", {kAny, kAny}) || !c.has(1, "float32", {c.dim(0, 0), kAny})) return kBadShape;
+  const int64_t n = c.dim(0, 0), dim = 2 * c.dim(1, 1), heads = c.dim(0, 1) / (3 * dim);
+  if (c.dim(0, 1) != 3 * heads * dim || !c.has(2, "float32", {n, dim / 2}) || !c.has(3, "int32", {1}) ||
+      !c.has(4, "float32", {n, heads * dim}))
     return kBadShape;
   const int64_t valid = *c.at<int32_t>(3);
   if (n == 0) return kOk;
@@ -354,7 +354,8 @@ OPERATOR(latent_attention) {
   });
 }
 
-// q, k, v [N, heads, D], valid [1] -> [N, heads * D]: in fp32, and as products with bf16 weights are
+// q, k, v [N, 3 * heads * D], cos, sin [N, D / 2], valid [1] -> [N, heads * D], q and k rotated as by `rotate`: in fp32, and
+// as products with bf16 weights are
 OPERATOR(vision_attention) {
   return guarded([&] { return attend_image(Call(count, data, ndims, shapes, dtypes), false); });
 }
@@ -392,7 +393,7 @@ OPERATOR(interpolate) {
 #define SETTING extern "C" __attribute__((visibility("default")))
 
 // Grows with every change of an operator's arguments or of these functions; library.py expects the same one.
-SETTING int kimi_version() { return 1; }
+SETTING int kimi_version() { return 2; }
 SETTING int kimi_threads() { return threads(); }
 SETTING void kimi_set_threads(int count) { set_threads(count); }
 SETTING const char *kimi_isa() { return isa().name; }
