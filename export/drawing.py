@@ -34,8 +34,9 @@ KINDS = {
         "kimi_vision_attention", "kimi_vision_attention_rounded",
     ),
     "norms, activations": (
-        "GeLU", "LayerNorm", "AddRmsNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu", "kimi_add_rms_norm",
-        "kimi_gelu_erf", "kimi_gelu_tanh", "kimi_layer_norm", "kimi_rms_norm", "kimi_swiglu",
+        "GeLU", "LayerNorm", "AddRmsNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu",
+        "kimi_add_layer_norm", "kimi_add_rms_norm", "kimi_gelu_erf", "kimi_gelu_tanh", "kimi_layer_norm",
+        "kimi_rms_norm", "kimi_swiglu",
     ),
     "cache": ("KVCacheScatterUpdate", "ScatterUpdate"),
     "experts, routing": (

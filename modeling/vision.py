@@ -25,9 +25,15 @@ class LayerNorm(nn.Cell):
         self.weight = empty_parameter((size,), dtype)
         self.bias = empty_parameter((size,), dtype, "bias")
         self.norm = kernels.LayerNorm(LAYER_NORM_EPS)
+        self.add_norm = kernels.AddLayerNorm(LAYER_NORM_EPS)
 
-    def construct(self, x):
-        return self.norm(x, self.weight, self.bias)
+    def construct(self, x, y=None):
+        """The norm of x [N, D]; with y, x + y and the norm of that."""
+        if y is None:
+            result = self.norm(x, self.weight, self.bias)
+        else:
+            result = self.add_norm(x, y, self.weight, self.bias)
+        return result
 
 
 class PositionTable(nn.Cell):
@@ -50,7 +56,8 @@ class PatchEmbed(nn.Cell):
         self.pos_emb = PositionTable(kernels, dtype, config)
 
     def construct(self, patches, taps, weights):
-        return self.proj(patches) + self.pos_emb(taps, weights)
+        """Two tensors [N, D] whose sum is the embedding: the first block's norm is made together with it."""
+        return self.proj(patches), self.pos_emb(taps, weights)
 
 
 class VisionMLP(nn.Cell):
@@ -76,9 +83,11 @@ class VisionBlock(nn.Cell):
         self.mlp = VisionMLP(kernels, dtype, config)
         self.attention = kernels.VisionAttention(config, dtype)
 
-    def construct(self, x, tables, valid):
-        x = x + self.wo(self.attention(self.wqkv(self.norm0(x)), tables, valid))
-        return x + self.mlp(self.norm1(x))
+    def construct(self, x, y, tables, valid):
+        """x, y [N, D], whose sum is the block's input -> two tensors whose sum is its output."""
+        x, h = self.norm0(x, y)
+        x, h = self.norm1(x, self.wo(self.attention(self.wqkv(h), tables, valid)))
+        return x, self.mlp(h)
 
 
 class Encoder(nn.Cell):
@@ -89,10 +98,10 @@ class Encoder(nn.Cell):
         )
         self.final_layernorm = LayerNorm(kernels, dtype, config.hidden_size)
 
-    def construct(self, x, tables, valid):
+    def construct(self, x, y, tables, valid):
         for block in self.blocks:
-            x = block(x, tables, valid)
-        return self.final_layernorm(x)
+            x, y = block(x, y, tables, valid)
+        return self.final_layernorm(x + y)
 
 
 class MoonViT(nn.Cell):
@@ -104,8 +113,8 @@ class MoonViT(nn.Cell):
 
     def construct(self, patches, taps, weights, cos, sin, valid):
         """patches [N, 3 * 14 * 14] in merge order -> [N, D]."""
-        x = self.patch_embed(patches, taps, weights)
-        return self.encoder(x, self.tables(cos, sin), valid)
+        x, y = self.patch_embed(patches, taps, weights)
+        return self.encoder(x, y, self.tables(cos, sin), valid)
 
 
 class Projector(nn.Cell):

@@ -62,6 +62,11 @@ def layer_norm(x, weight, bias, eps):
     return centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps) * weight + bias
 
 
+def add_layer_norm(x, y, weight, bias, eps):
+    total = x.astype(np.float64) + y
+    return total, layer_norm(total, weight, bias, eps)
+
+
 def split(x, *, first):
     return x[..., :first], x[..., first:]
 

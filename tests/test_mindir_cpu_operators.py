@@ -48,6 +48,15 @@ def calls(name, dtype):
         "layer_norm": [
             ((R.normal(6, 48) + 3, R.normal(48, dtype=dtype), R.normal(48, dtype=dtype), EPS), [(6, 48)])
         ],
+        "add_layer_norm": [
+            (
+                (
+                    *(R.normal(6, 48) + 3, R.normal(6, 48)),
+                    *(R.normal(48, dtype=dtype), R.normal(48, dtype=dtype), EPS),
+                ),
+                [(6, 48), (6, 48)],
+            )
+        ],
         "split": [
             ((R.normal(4, 3, 24),), [(4, 3, 16), (4, 3, 8)]),
             ((R.normal(4, 40),), [(4, 32), (4, 8)]),

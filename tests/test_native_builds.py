@@ -56,6 +56,8 @@ def cases() -> Iterator[Case]:
                 [r.normal(t, 53), r.normal(53, dtype=dtype), r.normal(53, dtype=dtype), eps],
                 {},
             )
+            affine = r.normal(53, dtype=dtype), r.normal(53, dtype=dtype)
+            yield "add_layer_norm", [r.normal(t, 53), r.normal(t, 53), *affine, eps], {}
             taps = r.rng.integers(0, 12, (t, 16)).astype(np.int32)
             yield "interpolate", [r.normal(12, 35, dtype=dtype), taps, r.normal(t, 16)], {}
             for h, i in ((64, 32), (37, 19)):

@@ -40,6 +40,7 @@ def examples(t: int, dtype=F32, seed: int = 0):
         "rms_norm": ((x, weight(64), EPS), {}),
         "add_rms_norm": ((x, r.normal(t, 64), weight(64), EPS), {}),
         "layer_norm": ((x, weight(64), weight(64), EPS), {}),
+        "add_layer_norm": ((x, r.normal(t, 64), weight(64), weight(64), EPS), {}),
         "split": ((x,), {"first": 24}),
         "rotate": ((r.normal(t, 3, 16), r.normal(t, 8), r.normal(t, 8)), {}),
         "swiglu": ((x,), {}),
@@ -73,6 +74,8 @@ WEIGHTS = {
     ("add_rms_norm", 2),
     ("layer_norm", 1),
     ("layer_norm", 2),
+    ("add_layer_norm", 2),
+    ("add_layer_norm", 3),
     ("interpolate", 0),
 }
 # Arguments whose first axis is the rows; what attends to other rows has none.
@@ -82,6 +85,7 @@ BY_ROWS = {
     "rms_norm": (0,),
     "add_rms_norm": (0, 1),
     "layer_norm": (0,),
+    "add_layer_norm": (0, 1),
     "split": (0,),
     "rotate": (0, 1, 2),
     "swiglu": (0,),

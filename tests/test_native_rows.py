@@ -26,6 +26,7 @@ def test_norms(isa, dtype):
         check("add_rms_norm", x, y, weight, EPS)
         if n > 1:  # of one number, the difference from the mean is 0
             check("layer_norm", x + 10, weight, bias, EPS)
+            check("add_layer_norm", x, y, weight, bias, EPS)
 
 
 def test_eps_counts(isa):
@@ -123,6 +124,7 @@ def test_nan_and_infinity_come_out_where_they_should(isa, n):
     check("rms_norm", x, weight, EPS)
     check("add_rms_norm", x, other, weight, EPS)
     check("layer_norm", x, weight, weight, EPS)
+    check("add_layer_norm", x, other, weight, weight, EPS)
     check("split", x, tolerance=0, first=n)
     check("rotate", x[:, None], r.normal(7, n), r.normal(7, n))
     weight[0] = np.nan

@@ -16,7 +16,7 @@ from .mindir.paths import VIEWS, Paths
 from .points import Stage
 
 # Operators that add and norm: which of their results are the sum and its norm.
-SUM_AND_NORM = {"AddRmsNorm": (2, 0), "kimi_add_rms_norm": (0, 1)}
+SUM_AND_NORM = {"AddRmsNorm": (2, 0), "kimi_add_layer_norm": (0, 1), "kimi_add_rms_norm": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Finder:
         return None, None
 
     def normed(self, weight: str) -> str | None:
-        """What an RMSNorm gives."""
+        """What a norm gives."""
         node = self.taker(weight)
         return self._part_of_norm(node, 1) if node and node.operator in SUM_AND_NORM else self.given(node)
 
@@ -114,21 +114,20 @@ class _Finder:
         }
 
     def block(self) -> dict[str, Place | None]:
-        norm = self.taker("norm0.weight")
         qkv = self.linear("wqkv")
         attended, _ = self.summed(self.linear("wo"))
         output, _ = self.summed(self.linear("mlp.fc1"))
         q, k = self._rotated(qkv, self.fed("wo"))
         return {
-            "input": _one(norm.inputs[0] if norm else None),
-            "norm0": _one(self.given(norm)),
+            "input": _one(self._normed("norm0.weight")),
+            "norm0": _one(self.normed("norm0.weight")),
             "wqkv": _one(qkv),
             "q_rope": _one(q),
             "k_rope": _one(k),
             "attention": _one(self.fed("wo")),
             "wo": _one(self.linear("wo")),
             "attention_sum": _one(attended),
-            "norm1": _one(self.linear("norm1")),
+            "norm1": _one(self.normed("norm1.weight")),
             "fc0": _one(self.linear("mlp.fc0")),
             "gelu": _one(self.fed("mlp.fc1")),
             "fc1": _one(self.linear("mlp.fc1")),
@@ -181,7 +180,7 @@ class _Finder:
     def _normed(self, weight: str) -> str | None:
         """What a norm is taken of."""
         node = self.taker(weight)
-        if node is None or node.operator in ("RmsNorm", "kimi_rms_norm"):
+        if node is None or node.operator in ("LayerNorm", "RmsNorm", "kimi_rms_norm"):
             return node.inputs[0] if node else None
         if node.operator in SUM_AND_NORM:
             return self._part_of_norm(node, 0)

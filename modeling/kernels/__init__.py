@@ -19,6 +19,7 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``Window(batch, tokens, context)`` | start [B] int32 -> what LatentAttention needs to know about the slots that are seen |
 | ``LatentAttention(config)`` | queries [R, heads, nope] and [R, heads, rope], what CacheWrite gave, window, k_b, v_b -> [R, heads * v] |
 | ``LayerNorm(eps)`` | x [N, D], weight, bias [D] -> [N, D] |
+| ``AddLayerNorm(eps)`` | x, y [N, D], weight, bias [D] -> x + y and its norm |
 | ``GeluTanh()``, ``GeluErf()`` | [N, D] -> [N, D] |
 | ``Interpolate(taps)`` | table [entries, D], taps [N, taps] int32, weights [N, taps] -> [N, D] |
 | ``ImageTables(heads)`` | cos, sin [N, dim / 2] -> tables, made once for all blocks |

@@ -32,6 +32,7 @@ GROUPS = {"split_item": 3, "group_type": 0, "group_list_type": 1}
 
 Embedding = plain.Embedding
 LayerNorm = common.LayerNorm
+AddLayerNorm = common.AddLayerNorm
 GeluTanh = common.GeluTanh
 GeluErf = common.GeluErf
 Interpolate = common.Interpolate

@@ -67,6 +67,16 @@ class LayerNorm(nn.Cell):
         return y
 
 
+class AddLayerNorm(nn.Cell):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.norm = LayerNorm(eps)
+
+    def construct(self, x, y, weight, bias):
+        x = x + y
+        return x, self.norm(x, weight, bias)
+
+
 class GeluTanh(nn.Cell):
     def __init__(self) -> None:
         super().__init__()

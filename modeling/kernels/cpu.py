@@ -96,6 +96,18 @@ class LayerNorm(nn.Cell):
         return self.norm(x, weight, bias, self.eps)
 
 
+class AddLayerNorm(nn.Cell):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = ms.Tensor([eps], ms.float32)
+        self.norm = operator(
+            "add_layer_norm", lambda x, y, w, b, eps: (x, x), lambda *_: (ms.float32, ms.float32)
+        )
+
+    def construct(self, x, y, weight, bias):
+        return self.norm(x, y, weight, bias, self.eps)
+
+
 class Split(nn.Cell):
     """One operator for both parts."""
 

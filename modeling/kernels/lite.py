@@ -21,6 +21,7 @@ ONE_OUTPUT, ALONG_ROWS = 3, 0  # split_item and group_type of GroupedMatmul
 
 Embedding = plain.Embedding
 LayerNorm = common.LayerNorm
+AddLayerNorm = common.AddLayerNorm
 GeluTanh = common.GeluTanh
 GeluErf = common.GeluErf
 Interpolate = common.Interpolate

@@ -32,6 +32,7 @@ SMALLEST_SUM = 1e-20  # added to the sum of a token's chosen scores before they 
 
 
 LayerNorm = common.LayerNorm
+AddLayerNorm = common.AddLayerNorm
 GeluTanh = common.GeluTanh
 GeluErf = common.GeluErf
 Interpolate = common.Interpolate

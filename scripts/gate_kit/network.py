@@ -61,7 +61,7 @@ def tower_eps(tracer: Tracer, eps: float = 1e-6) -> None:
     encoder = tracer.vision_tower.encoder
     norms = [encoder.final_layernorm, *(n for block in encoder.blocks for n in (block.norm0, block.norm1))]
     for norm in norms:
-        norm.norm = tracer.kernels.LayerNorm(eps)
+        norm.norm, norm.add_norm = tracer.kernels.LayerNorm(eps), tracer.kernels.AddLayerNorm(eps)
 
 
 def projector_eps(tracer: Tracer, eps: float = 1e-6) -> None:

@@ -32,7 +32,8 @@ Change = tuple[str, Edit]
 Kind = Callable[[View, Node, np.random.Generator], Iterator[Change]]
 
 # Their first two operands may be swapped; a norm of a sum begins with the sum.
-COMMUTATIVE = ("Add", "AddRmsNorm", "kimi_add_rms_norm", "Mul", "Maximum", "Minimum", "Equal", "NotEqual")
+ADD_AND_NORM = ("AddRmsNorm", "kimi_add_layer_norm", "kimi_add_rms_norm")
+COMMUTATIVE = ("Add", *ADD_AND_NORM, "Mul", "Maximum", "Minimum", "Equal", "NotEqual")
 SIBLINGS = (
     ("Add", "Sub", "Mul", "Div", "Maximum", "Minimum"),
     ("Greater", "GreaterEqual", "Less", "LessEqual", "Equal", "NotEqual"),

@@ -56,6 +56,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps.item())
 
 
+@rule("kimi_add_layer_norm", result=_FP32, floats=_WEIGHTS)
+def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    total = x + y
+    return total, layer_norm(total, weight, bias, eps)
+
+
 @rule("kimi_split", result=_FP32, shaped=True)
 def split(x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     """The last axis in two parts."""

@@ -94,11 +94,15 @@ void for_rows(int64_t rows, int64_t width, F f) {
   });
 }
 
-void rms_norm(int64_t rows, int64_t n, const float *x, const float *w, float eps, float *y) {
-  for_rows(rows, n, [&](int64_t r) {
-    const float mean = isa().sum_squares(n, 0.f, x + r * n) / float(n);
-    isa().normalise(n, x + r * n, 0.f, 1.f / std::sqrt(mean + eps), w, nullptr, y + r * n);
-  });
+void rms_norm(int64_t n, const float *x, const float *w, float eps, float *y) {
+  const float mean = isa().sum_squares(n, 0.f, x) / float(n);
+  isa().normalise(n, x, 0.f, 1.f / std::sqrt(mean + eps), w, nullptr, y);
+}
+
+void layer_norm(int64_t n, const float *x, const float *w, const float *b, float eps, float *y) {
+  const float mean = isa().sum(n, x) / float(n);
+  const float variance = isa().sum_squares(n, mean, x) / float(n);
+  isa().normalise(n, x, mean, 1.f / std::sqrt(variance + eps), w, b, y);
 }
 
 template <class F>
@@ -173,7 +177,10 @@ OPERATOR(rms_norm) {
         !c.has(3, "float32", {c.dim(0, 0), c.dim(0, 1)}))
       return kBadShape;
     const int64_t n = c.dim(0, 1);
-    rms_norm(c.dim(0, 0), n, c.at<float>(0), widened(c, 1, n).get(), *c.at<float>(2), c.at<float>(3));
+    const auto w = widened(c, 1, n);
+    for_rows(c.dim(0, 0), n, [&](int64_t r) {
+      rms_norm(n, c.at<float>(0) + r * n, w.get(), *c.at<float>(2), c.at<float>(3) + r * n);
+    });
     return kOk;
   });
 }
@@ -188,11 +195,13 @@ OPERATOR(add_rms_norm) {
         !c.has_weight(2, {c.dim(0, 1)}) || !c.has(3, "float32", {1}) || !c.has(4, "float32", like_x) ||
         !c.has(5, "float32", like_x))
       return kBadShape;
-    const int64_t rows = c.dim(0, 0), n = c.dim(0, 1);
-    for_rows(rows, n, [&](int64_t r) {
-      isa().add(n, c.at<float>(0) + r * n, c.at<float>(1) + r * n, c.at<float>(4) + r * n);
+    const int64_t n = c.dim(0, 1);
+    const auto w = widened(c, 2, n);
+    for_rows(c.dim(0, 0), n, [&](int64_t r) {
+      float *total = c.at<float>(4) + r * n;
+      isa().add(n, c.at<float>(0) + r * n, c.at<float>(1) + r * n, total);
+      rms_norm(n, total, w.get(), *c.at<float>(3), c.at<float>(5) + r * n);
     });
-    rms_norm(rows, n, c.at<float>(4), widened(c, 2, n).get(), *c.at<float>(3), c.at<float>(5));
     return kOk;
   });
 }
@@ -207,13 +216,28 @@ OPERATOR(layer_norm) {
       return kBadShape;
     const int64_t n = c.dim(0, 1);
     const auto w = widened(c, 1, n), b = widened(c, 2, n);
-    const float eps = *c.at<float>(3);
     for_rows(c.dim(0, 0), n, [&](int64_t r) {
-      const float *x = c.at<float>(0) + r * n;
-      const float mean = isa().sum(n, x) / float(n);
-      const float variance = isa().sum_squares(n, mean, x) / float(n);
-      isa().normalise(n, x, mean, 1.f / std::sqrt(variance + eps), w.get(), b.get(),
-                      c.at<float>(4) + r * n);
+      layer_norm(n, c.at<float>(0) + r * n, w.get(), b.get(), *c.at<float>(3), c.at<float>(4) + r * n);
+    });
+    return kOk;
+  });
+}
+
+// x, y [R, H], weight, bias [H], eps [1] -> x + y, its norm
+OPERATOR(add_layer_norm) {
+  return guarded([&] {
+    const Call c(count, data, ndims, shapes, dtypes);
+    if (count != 7 || !c.has(0, "float32", {kAny, kAny})) return kBadShape;
+    const auto like_x = {c.dim(0, 0), c.dim(0, 1)};
+    if (!c.has(1, "float32", like_x) || !c.has_weight(2, {c.dim(0, 1)}) || !c.has_weight(3, {c.dim(0, 1)}) ||
+        !c.has(4, "float32", {1}) || !c.has(5, "float32", like_x) || !c.has(6, "float32", like_x))
+      return kBadShape;
+    const int64_t n = c.dim(0, 1);
+    const auto w = widened(c, 2, n), b = widened(c, 3, n);
+    for_rows(c.dim(0, 0), n, [&](int64_t r) {
+      float *total = c.at<float>(5) + r * n;
+      isa().add(n, c.at<float>(0) + r * n, c.at<float>(1) + r * n, total);
+      layer_norm(n, total, w.get(), b.get(), *c.at<float>(4), c.at<float>(6) + r * n);
     });
     return kOk;
   });
@@ -393,7 +417,7 @@ OPERATOR(interpolate) {
 #define SETTING extern "C" __attribute__((visibility("default")))
 
 // Grows with every change of an operator's arguments or of these functions; library.py expects the same one.
-SETTING int kimi_version() { return 2; }
+SETTING int kimi_version() { return 3; }
 SETTING int kimi_threads() { return threads(); }
 SETTING void kimi_set_threads(int count) { set_threads(count); }
 SETTING const char *kimi_isa() { return isa().name; }
