@@ -27,7 +27,7 @@ COLOURS = {
 KINDS = {
     "products": (
         "MatMul", "BatchMatMul", "MatMulExt", "BatchMatMulExt", "Dense", "GroupedMatmul", "GroupedMatmulV4",
-        "kimi_linear",
+        "kimi_linear", "kimi_linear_gelu_erf", "kimi_linear_gelu_tanh",
     ),
     "attention": (
         "FlashAttentionScore", "FusedInferAttentionScore", "PromptFlashAttention", "kimi_latent_attention",
@@ -35,8 +35,7 @@ KINDS = {
     ),
     "norms, activations": (
         "GeLU", "LayerNorm", "AddRmsNorm", "RmsNorm", "SiLU", "Sigmoid", "Softmax", "Swiglu",
-        "kimi_add_layer_norm", "kimi_add_rms_norm", "kimi_gelu_erf", "kimi_gelu_tanh", "kimi_layer_norm",
-        "kimi_rms_norm", "kimi_swiglu",
+        "kimi_add_layer_norm", "kimi_add_rms_norm", "kimi_layer_norm", "kimi_rms_norm", "kimi_swiglu",
     ),
     "cache": ("KVCacheScatterUpdate", "ScatterUpdate"),
     "experts, routing": (

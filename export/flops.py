@@ -86,6 +86,8 @@ PRODUCTS: dict[str, Callable[[Node, list[Tensor]], int]] = {
     "kimi_experts": _experts,
     "kimi_latent_attention": _latent_attention,
     "kimi_linear": _dense,
+    "kimi_linear_gelu_erf": _dense,
+    "kimi_linear_gelu_tanh": _dense,
     "kimi_router": _routed,
     "kimi_vision_attention": _vision_attention,
     "kimi_vision_attention_rounded": _vision_attention,

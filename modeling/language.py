@@ -18,13 +18,21 @@ KV_A_LAYERNORM_EPS = 1e-6
 
 
 class Linear(nn.Cell):
-    """y = x W^T (+ b), W as published [out, in]."""
+    """y = x W^T (+ b), W as published [out, in]; with an activation, "gelu_tanh" or "gelu_erf", that of y."""
 
-    def __init__(self, kernels: Kernels, dtype: ms.Type, n_in: int, n_out: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        dtype: ms.Type,
+        n_in: int,
+        n_out: int,
+        bias: bool = False,
+        activation: str | None = None,
+    ) -> None:
         super().__init__()
         self.weight = empty_parameter((n_out, n_in), dtype)
         self.bias = empty_parameter((n_out,), dtype, "bias") if bias else None
-        self.linear = kernels.Linear()
+        self.linear = kernels.Linear(activation)
 
     def construct(self, x):
         return self.linear(x, self.weight, self.bias)

@@ -63,12 +63,12 @@ class PatchEmbed(nn.Cell):
 class VisionMLP(nn.Cell):
     def __init__(self, kernels: Kernels, dtype: ms.Type, config: VisionConfig) -> None:
         super().__init__()
-        self.fc0 = Linear(kernels, dtype, config.hidden_size, config.intermediate_size, bias=True)
-        self.fc1 = Linear(kernels, dtype, config.intermediate_size, config.hidden_size, bias=True)
-        self.gelu = kernels.GeluTanh()
+        d, wide = config.hidden_size, config.intermediate_size
+        self.fc0 = Linear(kernels, dtype, d, wide, bias=True, activation="gelu_tanh")
+        self.fc1 = Linear(kernels, dtype, wide, d, bias=True)
 
     def construct(self, x):
-        return self.fc1(self.gelu(self.fc0(x)))
+        return self.fc1(self.fc0(x))
 
 
 class VisionBlock(nn.Cell):
@@ -125,11 +125,9 @@ class Projector(nn.Cell):
         merged = config.vision.merged_dim
         self.merged = merged
         self.pre_norm = LayerNorm(kernels, dtype, config.vision.hidden_size)
-        self.linear_1 = Linear(kernels, dtype, merged, merged, bias=True)
-        self.gelu = kernels.GeluErf()
+        self.linear_1 = Linear(kernels, dtype, merged, merged, bias=True, activation="gelu_erf")
         self.linear_2 = Linear(kernels, dtype, merged, config.text.hidden_size, bias=True)
 
     def construct(self, x):
         """[N, D] in merge order -> [N / 4, H]."""
-        h = self.linear_1(ops.reshape(self.pre_norm(x), (-1, self.merged)))
-        return self.linear_2(self.gelu(h))
+        return self.linear_2(self.linear_1(ops.reshape(self.pre_norm(x), (-1, self.merged))))

@@ -42,6 +42,16 @@ def linear(x, weight, bias=None, *, kept=as_is):
     return y if bias is None else y + bias.astype(np.float64)
 
 
+def linear_gelu_tanh(x, weight, bias=None, *, kept=as_is):
+    y = linear(x, weight, bias, kept=kept)
+    return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+def linear_gelu_erf(x, weight, bias=None, *, kept=as_is):
+    y = linear(x, weight, bias, kept=kept)
+    return 0.5 * y * (1 + np.vectorize(math.erf, otypes=[np.float64])(y / math.sqrt(2)))
+
+
 def embedding(table, ids):
     return table.astype(np.float64)[ids]
 
@@ -80,16 +90,6 @@ def rotate(x, cos, sin):
 def swiglu(x):
     gate, up = np.split(x.astype(np.float64), 2, -1)
     return silu(gate) * up
-
-
-def gelu_tanh(x):
-    x = x.astype(np.float64)
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def gelu_erf(x):
-    x = x.astype(np.float64)
-    return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
 
 
 def router(x, weight, bias, options, *, k):

@@ -140,6 +140,8 @@ WEIGHTS = [
 SHOWN = {
     "k_b_proj": "attention",
     "v_b_proj": "attention",
+    "fc0": "gelu",
+    "linear_1": "gelu",
     "router_logits": "router_weights",
     "router_scores": "router_choice",
 }

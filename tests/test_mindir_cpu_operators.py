@@ -35,11 +35,12 @@ def weights(*shape, dtype):
 def calls(name, dtype):
     """Inputs of an operator with weights of a dtype, and the shapes of what it gives."""
     yes, no = array(1, 2.446), array(0, 0.5)
+    linear = [
+        ((R.normal(5, 48), weights(32, 48, dtype=dtype)), [(5, 32)]),
+        ((R.normal(70, 48), weights(32, 48, dtype=dtype), R.normal(32, dtype=dtype)), [(70, 32)]),
+    ]
     return {
-        "linear": [
-            ((R.normal(5, 48), weights(32, 48, dtype=dtype)), [(5, 32)]),
-            ((R.normal(70, 48), weights(32, 48, dtype=dtype), R.normal(32, dtype=dtype)), [(70, 32)]),
-        ],
+        **dict.fromkeys(("linear", "linear_gelu_tanh", "linear_gelu_erf"), linear),
         "embedding": [((R.normal(20, 24, dtype=dtype), R.experts(1, 20, 7)[0]), [(7, 24)])],
         "rms_norm": [((R.normal(6, 48, scale=3), R.normal(48, dtype=dtype), EPS), [(6, 48)])],
         "add_rms_norm": [
@@ -63,8 +64,6 @@ def calls(name, dtype):
         ],
         "rotate": [((R.normal(5, 3, 16), R.normal(5, 8), R.normal(5, 8)), [(5, 3, 16)])],
         "swiglu": [((R.normal(5, 64, scale=4),), [(5, 32)])],
-        "gelu_tanh": [((R.normal(5, 64, scale=4),), [(5, 64)])],
-        "gelu_erf": [((R.normal(5, 64, scale=4),), [(5, 64)])],
         "interpolate": [((R.normal(30, 24, dtype=dtype), R.experts(9, 30, 16), R.normal(9, 16)), [(9, 24)])],
         "router": [
             ((R.normal(40, 48), weights(8, 48, dtype=F32), R.normal(8), options), [(40, 3), (40, 3)])

@@ -110,12 +110,12 @@ def test_an_operator_of_the_library_becomes_another_one_of_it():
     from mutation_kit.sampling import copied
 
     view = graphs("cpu").views["vision-64"]
-    node = next(n for n in view.counting if n.operator == "kimi_gelu_erf")
-    ((what, edit),) = operator(view, node, None)
+    node = next(n for n in view.counting if n.operator == "kimi_linear_gelu_erf")
+    _, (what, edit) = operator(view, node, None)
     model = copied(view.model)
     edit(model)
-    assert what == "is kimi_gelu_tanh, not kimi_gelu_erf"
-    assert read_nodes(model).makers[node.output].operator == "kimi_gelu_tanh"
+    assert what == "is kimi_linear_gelu_tanh, not kimi_linear_gelu_erf"
+    assert read_nodes(model).makers[node.output].operator == "kimi_linear_gelu_tanh"
 
 
 def test_a_dozen_faults_are_all_seen():

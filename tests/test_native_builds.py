@@ -45,7 +45,8 @@ def cases() -> Iterator[Case]:
         for t in (1, 3, 8, 21):
             for n, k in ((64, 96), (37, 33)):
                 weight = r.weight(n, k, dtype=dtype, inputs=k)
-                yield "linear", [r.normal(t, k), weight, r.normal(n, dtype=dtype)], {}
+                for name in ("linear", "linear_gelu_tanh", "linear_gelu_erf"):
+                    yield name, [r.normal(t, k), weight, r.normal(n, dtype=dtype)], {}
                 yield "linear", [r.normal(t, k), weight], {}
             ids = r.rng.integers(0, 9, t).astype(np.int32)
             yield "embedding", [r.normal(9, 35, dtype=dtype), ids], {}
@@ -81,8 +82,7 @@ def cases() -> Iterator[Case]:
     for t in (1, 5, 70):
         yield "split", [r.normal(t, 53)], {"first": 20}
         yield "rotate", [r.normal(t, 3, 22), r.normal(t, 11), r.normal(t, 11)], {}
-        for name in ("swiglu", "gelu_tanh", "gelu_erf"):
-            yield name, [r.normal(t, 54, scale=3)], {}
+        yield "swiglu", [r.normal(t, 54, scale=3)], {}
         yield "router", [r.normal(t, 40), r.weight(9, 40, inputs=40), r.normal(9), array(1, 2.446)], {"k": 3}
         for valid in {1, t // 2 + 1, t}:
             patches = r.normal(t, 3 * 3 * 18), r.normal(t, 9), r.normal(t, 9)

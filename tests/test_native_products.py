@@ -28,7 +28,8 @@ def test_few_rows_are_multiplied_in_fp32(isa, n, k, dtype):
     for t in FEW:
         weight, bias = r.weight(n, k, dtype=dtype, inputs=k), r.normal(n, dtype=dtype)
         check("linear", r.normal(t, k), weight)
-        check("linear", r.normal(t, k), weight, bias)
+        for name in ("linear", "linear_gelu_tanh", "linear_gelu_erf"):
+            check(name, r.normal(t, k), weight, bias)
 
 
 @pytest.mark.parametrize("n, k", SIZES)
@@ -45,7 +46,8 @@ def test_many_rows_are_rounded_where_weights_are_bf16_and_the_machine_multiplies
     r = Numbers(n)
     for t in MANY:
         x, weight, bias = r.normal(t, k), r.weight(n, k, dtype=BF16, inputs=k), r.normal(n, dtype=BF16)
-        check("linear", x, weight, bias, kept=kept)
+        for name in ("linear", "linear_gelu_tanh", "linear_gelu_erf"):
+            check(name, x, weight, bias, kept=kept)
         check("linear", x, weight, bias, tolerance=ROUNDED)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import native
 import numpy as np
 import pytest
@@ -92,22 +94,45 @@ EDGES = array(
 )
 
 
-@pytest.mark.parametrize("name", ["swiglu", "gelu_tanh", "gelu_erf"])
+ACTIVATIONS = ("swiglu", "linear_gelu_tanh", "linear_gelu_erf")
+
+
+def numbers(name, x):
+    """Inputs with which an operator gives its activation of the numbers x [t, n]; of up, where there is one, times 0.75.
+
+    A linear has them as its weights, of one input that is 1.
+    """
+    if name == "swiglu":
+        return (np.concatenate([x, np.full_like(x, 0.75)], 1),)
+    return np.ones((1, 1), F32), x.reshape(-1, 1)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(isa, name):
     r = Numbers()
     for t, n in SHAPES:
-        check(name, r.normal(t, 2 * n, scale=5))
+        check(name, *numbers(name, r.normal(t, n, scale=5)))
 
 
-@pytest.mark.parametrize("name", ["swiglu", "gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_of_every_number_by_itself(isa, name):
     """Each within an fp32 rounding or so of itself where it is not all but cancelled, nowhere off by more than 1e-6."""
     gates = np.concatenate([EDGES, -EDGES, np.linspace(-12, 12, 999, dtype=F32)])[None]
-    x = np.concatenate([gates, np.full_like(gates, 0.75)], 1) if name == "swiglu" else gates
-    (y,), (wanted,) = run(name, x), expected(name, x)
+    (y,), (wanted,) = run(name, *numbers(name, gates)), expected(name, *numbers(name, gates))
     relative = 1e-6 if name == "swiglu" else 2e-6
     np.testing.assert_allclose(y[gates < -1], wanted[gates < -1], rtol=relative, atol=1e-6)
     np.testing.assert_allclose(y[gates >= -1], wanted[gates >= -1], rtol=relative, atol=1e-37)
+
+
+def test_gelu_by_the_error_function_cancels_nowhere(isa):
+    """Of each number, against its size, to 3e-7; and against the result where it is small, as far as e^(-x^2 / 2) is rounded."""
+    sizes = np.concatenate([np.linspace(0, 14, 20_001), np.logspace(-44, 38, 2000)]).astype(F32)
+    x = np.concatenate([sizes, -sizes])
+    (y,) = run("linear_gelu_erf", *numbers("linear_gelu_erf", x))
+    wanted = 0.5 * x.astype(np.float64) * np.array([math.erfc(-v / math.sqrt(2)) for v in x.tolist()])
+    error, least = np.abs(y[0] - wanted), 2.0**-148  # two of fp32's smallest steps
+    assert (error <= 3e-7 * np.abs(x) + least).all()
+    assert (error <= (4e-7 + 2.0**-23 * x.astype(np.float64) ** 2) * np.abs(wanted) + 16 * least).all()
 
 
 @pytest.mark.parametrize("n", [1, 7, 40])
@@ -119,8 +144,8 @@ def test_nan_and_infinity_come_out_where_they_should(isa, n):
     x[:3, 0], x[3:, -1] = bad[:3], bad[3:]
     weight, other = r.normal(2 * n), r.normal(7, 2 * n)
     other[6, 0] = np.inf
-    for name in ("swiglu", "gelu_tanh", "gelu_erf"):
-        check(name, x)
+    for name in ACTIVATIONS:
+        check(name, *numbers(name, x))
     check("rms_norm", x, weight, EPS)
     check("add_rms_norm", x, other, weight, EPS)
     check("layer_norm", x, weight, weight, EPS)
@@ -140,5 +165,5 @@ def test_denormals_are_kept(isa):
     check("embedding", tiny, array(2, 0, dtype=I32), tolerance=0)
     check("interpolate", tiny, array(1, 2, dtype=I32)[None], array(0.5, 0.25)[None], tolerance=1e-4)
     check("swiglu", np.concatenate([np.full((1, 37), 4, F32), tiny[:1]], 1), tolerance=1e-4)
-    check("gelu_erf", tiny, tolerance=1e-4)
+    check("linear_gelu_erf", *numbers("linear_gelu_erf", tiny), tolerance=1e-4)
     check("add_rms_norm", tiny, tiny, np.ones(37, F32), EPS, tolerance=1e-4)

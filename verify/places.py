@@ -17,6 +17,8 @@ from .points import Stage
 
 # Operators that add and norm: which of their results are the sum and its norm.
 SUM_AND_NORM = {"AddRmsNorm": (2, 0), "kimi_add_layer_norm": (0, 1), "kimi_add_rms_norm": (0, 1)}
+# Operators that are a linear and its activation.
+ACTIVATED = ("kimi_linear_gelu_erf", "kimi_linear_gelu_tanh")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,14 @@ class _Finder:
 
     def linear(self, name: str) -> str | None:
         """A linear's result, with its bias where it has one."""
-        return self.given(self.taker(f"{name}.bias") or self.taker(f"{name}.weight"))
+        node = self.taker(f"{name}.bias") or self.taker(f"{name}.weight")
+        return None if node and node.operator in ACTIVATED else self.given(node)
+
+    def activated(self, name: str, following: str) -> Place | None:
+        """A linear's activation, which the following linear takes."""
+        value, node = self.fed(following), self.taker(f"{name}.weight")
+        reads = (f"{name}.weight", f"{name}.bias") if node and node.operator in ACTIVATED else ()
+        return Place((value,), reads=reads) if value else None
 
     def fed(self, name: str) -> str | None:
         """What a linear takes."""
@@ -129,7 +138,7 @@ class _Finder:
             "attention_sum": _one(attended),
             "norm1": _one(self.normed("norm1.weight")),
             "fc0": _one(self.linear("mlp.fc0")),
-            "gelu": _one(self.fed("mlp.fc1")),
+            "gelu": self.activated("mlp.fc0", "mlp.fc1"),
             "fc1": _one(self.linear("mlp.fc1")),
             "output": _one(output),
         }
@@ -158,7 +167,7 @@ class _Finder:
             "final_layernorm": _one(self.given(norm)),
             "pre_norm": _one(self.linear(f"{name}pre_norm")),
             "linear_1": _one(self.linear(f"{name}linear_1")),
-            "gelu": _one(self.fed(f"{name}linear_2")),
+            "gelu": self.activated(f"{name}linear_1", f"{name}linear_2"),
             "linear_2": _one(self.linear(f"{name}linear_2")),
         }
 

@@ -4,7 +4,7 @@ A backend module offers these, all free of parameters (weights are arguments):
 
 | name | construct |
 |---|---|
-| ``Linear()`` | x [R, in], weight [out, in] (, bias [out]) -> [R, out] |
+| ``Linear(activation)`` | x [R, in], weight [out, in] (, bias [out]) -> [R, out], or "gelu_tanh" or "gelu_erf" of it |
 | ``Embedding()`` | table [V, H], ids [R] int32 -> [R, H] |
 | ``RMSNorm(eps)`` | x [R, H], weight [H] -> [R, H] |
 | ``AddRMSNorm(eps)`` | x, y [R, H], weight [H] -> x + y and its norm |
@@ -20,7 +20,6 @@ A backend module offers these, all free of parameters (weights are arguments):
 | ``LatentAttention(config)`` | queries [R, heads, nope] and [R, heads, rope], what CacheWrite gave, window, k_b, v_b -> [R, heads * v] |
 | ``LayerNorm(eps)`` | x [N, D], weight, bias [D] -> [N, D] |
 | ``AddLayerNorm(eps)`` | x, y [N, D], weight, bias [D] -> x + y and its norm |
-| ``GeluTanh()``, ``GeluErf()`` | [N, D] -> [N, D] |
 | ``Interpolate(taps)`` | table [entries, D], taps [N, taps] int32, weights [N, taps] -> [N, D] |
 | ``ImageTables(heads)`` | cos, sin [N, dim / 2] -> tables, made once for all blocks |
 | ``VisionAttention(config, dtype)`` | queries, keys and values [N, 3 * hidden], the first two of which it rotates in half-split pairs, tables, valid [1] int32 -> [N, hidden] |

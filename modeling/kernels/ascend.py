@@ -33,8 +33,6 @@ GROUPS = {"split_item": 3, "group_type": 0, "group_list_type": 1}
 Embedding = plain.Embedding
 LayerNorm = common.LayerNorm
 AddLayerNorm = common.AddLayerNorm
-GeluTanh = common.GeluTanh
-GeluErf = common.GeluErf
 Interpolate = common.Interpolate
 ImageTables = common.ImageTables
 Slots = cache_writes.Starts
@@ -51,14 +49,17 @@ activation_dtype = parameter_dtype
 
 
 class Linear(nn.Cell):
-    def __init__(self) -> None:
+    def __init__(self, activation: str | None) -> None:
         super().__init__()
         self.matmul = P.MatMul(transpose_b=True)
+        self.activation = common.activation(activation)
 
     def construct(self, x, weight, bias=None):
         y = self.matmul(x, weight)
         if bias is not None:
             y = y + bias
+        if self.activation is not None:
+            y = self.activation(y)
         return y
 
 

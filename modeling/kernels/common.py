@@ -93,6 +93,14 @@ class GeluErf(nn.Cell):
         return ops.cast(g, x.dtype)
 
 
+ACTIVATIONS = {"gelu_tanh": GeluTanh, "gelu_erf": GeluErf}
+
+
+def activation(name: str | None) -> nn.Cell | None:
+    """What a Linear ends with."""
+    return None if name is None else ACTIVATIONS[name]()
+
+
 class Interpolate(nn.Cell):
     """Tap after tap, weights too: all at once would hold taps x N x D numbers."""
 

@@ -44,10 +44,11 @@ def operator(name: str, shapes: Callable[..., Any], dtypes: Any = ms.float32) ->
 
 
 class Linear(nn.Cell):
-    def __init__(self) -> None:
+    def __init__(self, activation: str | None) -> None:
         super().__init__()
-        self.linear = operator("linear", lambda x, w: [x[0], w[0]])
-        self.biased = operator("linear", lambda x, w, b: [x[0], w[0]])
+        name = "linear" if activation is None else f"linear_{activation}"
+        self.linear = operator(name, lambda x, w: [x[0], w[0]])
+        self.biased = operator(name, lambda x, w, b: [x[0], w[0]])
 
     def construct(self, x, weight, bias=None):
         if bias is None:
@@ -155,24 +156,6 @@ class SwiGLU(nn.Cell):
 
     def construct(self, gate_up):
         return self.swiglu(gate_up)
-
-
-class GeluTanh(nn.Cell):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gelu = operator("gelu_tanh", lambda x: x)
-
-    def construct(self, x):
-        return self.gelu(x)
-
-
-class GeluErf(nn.Cell):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gelu = operator("gelu_erf", lambda x: x)
-
-    def construct(self, x):
-        return self.gelu(x)
 
 
 class Interpolate(nn.Cell):

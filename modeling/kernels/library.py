@@ -19,7 +19,7 @@ from typing import Any
 from .cores import thread_count
 
 SWITCH = "KIMI_VL_KERNELS"
-VERSION = 3  # of what cpu.py and the library know of each other: kimi_version() in native/operators.cc
+VERSION = 4  # of what cpu.py and the library know of each other: kimi_version() in native/operators.cc
 
 # The library's functions beside its operators: result, arguments.
 SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {

@@ -33,8 +33,6 @@ SMALLEST_SUM = 1e-20  # added to the sum of a token's chosen scores before they 
 
 LayerNorm = common.LayerNorm
 AddLayerNorm = common.AddLayerNorm
-GeluTanh = common.GeluTanh
-GeluErf = common.GeluErf
 Interpolate = common.Interpolate
 ImageTables = common.ImageTables
 
@@ -130,15 +128,18 @@ class MergeHeads(nn.Cell):
 
 
 class Linear(nn.Cell):
-    def __init__(self) -> None:
+    def __init__(self, activation: str | None) -> None:
         super().__init__()
         self.matmul = P.MatMul(transpose_b=True)
         self.bias_add = P.BiasAdd()
+        self.activation = common.activation(activation)
 
     def construct(self, x, weight, bias=None):
         y = self.matmul(x, weight)
         if bias is not None:
             y = self.bias_add(y, bias)
+        if self.activation is not None:
+            y = self.activation(y)
         return y
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import ops
 from mindspore.ops import operations as P
 
 from kimi_vl.modeling import graphs, language, vision
@@ -175,21 +175,13 @@ def padding_attended(tracer: Tracer) -> None:
 # ---- activations and the projector -----------------------------------------------------------------------------------
 
 
-class ErfGelu(nn.Cell):
-    def construct(self, x):
-        y = ops.cast(x, ms.float32)
-        return ops.cast(0.5 * y * (1.0 + ops.erf(y * 0.7071067811865476)), x.dtype)
-
-
 def erf_in_tower(tracer: Tracer) -> None:
     for block in tracer.vision_tower.encoder.blocks:
-        block.mlp.gelu = ErfGelu()
+        block.mlp.fc0.linear = tracer.kernels.Linear("gelu_erf")
 
 
-class TanhProjector(vision.Projector):
-    def construct(self, x):
-        h = self.linear_1(ops.reshape(self.pre_norm(x), (-1, self.merged)))
-        return self.linear_2(ops.gelu(h, approximate="tanh"))
+def tanh_in_projector(tracer: Tracer) -> None:
+    tracer.projector.linear_1.linear = tracer.kernels.Linear("gelu_tanh")
 
 
 class NormAfterMerge(vision.Projector):
@@ -202,14 +194,11 @@ class NormAfterMerge(vision.Projector):
         weight = ops.concat((self.pre_norm.weight,) * block, 0)
         bias = ops.concat((self.pre_norm.bias,) * block, 0)
         y, _, _ = self.norm(ops.reshape(x, (-1, self.merged)), weight, bias)
-        h = self.linear_1(y)
-        g = ops.cast(h, ms.float32)
-        g = 0.5 * g * (1.0 + ops.erf(g * 0.7071067811865476))
-        return self.linear_2(ops.cast(g, h.dtype))
+        return self.linear_2(self.linear_1(y))
 
 
-def projector(tracer: Tracer, kind: type) -> None:
-    tracer.projector = kind(tracer.kernels, tracer.dtype, tracer.config)
+def norm_after_merge(tracer: Tracer) -> None:
+    tracer.projector = NormAfterMerge(tracer.kernels, tracer.dtype, tracer.config)
 
 
 # ---- graphs -----------------------------------------------------------------------------------------------------------
@@ -313,13 +302,13 @@ FAULTS = (
         "tanh-in-projector",
         "GELU by tanh for erf in the projector",
         "projector_out",
-        partial(projector, kind=TanhProjector),
+        tanh_in_projector,
     ),
     _network(
         "norm-after-merge",
         "pre_norm after the merge",
         "projector_out",
-        partial(projector, kind=NormAfterMerge),
+        norm_after_merge,
     ),
     _network(
         "last-of-first-row",

@@ -38,7 +38,7 @@ SIBLINGS = (
     ("Add", "Sub", "Mul", "Div", "Maximum", "Minimum"),
     ("Greater", "GreaterEqual", "Less", "LessEqual", "Equal", "NotEqual"),
     ("Sigmoid", "SiLU", "GeLU", "Tanh", "Erf", "ReLU"),
-    ("kimi_gelu_tanh", "kimi_gelu_erf"),
+    ("kimi_linear", "kimi_linear_gelu_tanh", "kimi_linear_gelu_erf"),
     ("Sin", "Cos"),
     ("Neg", "Abs", "Exp", "Square"),
     ("Rsqrt", "Sqrt"),

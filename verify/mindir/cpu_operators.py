@@ -32,6 +32,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + wide(bias)
 
 
+@rule("kimi_linear_gelu_tanh", result=_FP32, floats=_WEIGHTS, widen=False)
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(linear(x, weight, bias), approximate="tanh")
+
+
+@rule("kimi_linear_gelu_erf", result=_FP32, floats=_WEIGHTS, widen=False)
+def linear_gelu_erf(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(linear(x, weight, bias))
+
+
 @rule("kimi_embedding", result=_FP32, floats=_WEIGHTS, widen=False)
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
     """Rows of the table [V, H] for ids [R]."""
@@ -88,16 +98,6 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) up, of [R, 2 I] with gate's columns first."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
-
-
-@rule("kimi_gelu_tanh", result=_FP32)
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-@rule("kimi_gelu_erf", result=_FP32)
-def gelu_erf(x: Tensor) -> Tensor:
-    return F.gelu(x)
 
 
 @rule("kimi_interpolate", result=_FP32, floats=_WEIGHTS, widen=False)

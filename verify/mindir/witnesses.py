@@ -77,14 +77,9 @@ WITNESSES: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("kimi_add_layer_norm", "kimi_add_rms_norm", "kimi_embedding", "kimi_experts", "kimi_gelu_erf"),
-            *(
-                "kimi_gelu_tanh",
-                "kimi_interpolate",
-                "kimi_latent_attention",
-                "kimi_layer_norm",
-                "kimi_linear",
-            ),
+            *("kimi_add_layer_norm", "kimi_add_rms_norm", "kimi_embedding", "kimi_experts"),
+            *("kimi_interpolate", "kimi_latent_attention", "kimi_layer_norm", "kimi_linear"),
+            *("kimi_linear_gelu_erf", "kimi_linear_gelu_tanh"),
             *("kimi_rms_norm", "kimi_rotate", "kimi_router", "kimi_split", "kimi_swiglu"),
             *("kimi_vision_attention", "kimi_vision_attention_rounded"),
         ),

@@ -34,6 +34,7 @@ struct Isa {
   void (*rotate)(int64_t half, const float *x, const float *cos, const float *sin, float *y);
   void (*swiglu)(int64_t n, const float *gate, const float *up, float *y);
   void (*gelu_tanh)(int64_t n, const float *x, float *y);
+  void (*gelu_erf)(int64_t n, const float *x, float *y);
   void (*sigmoid)(int64_t n, const float *x, float *y);
   float (*max)(int64_t n, const float *x);                         // NaN if any is
   float (*exp_sum)(int64_t n, float shift, const float *x, float *y);  // y = exp(x - shift), its sum

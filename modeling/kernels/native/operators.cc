@@ -105,12 +105,19 @@ void layer_norm(int64_t n, const float *x, const float *w, const float *b, float
   isa().normalise(n, x, mean, 1.f / std::sqrt(variance + eps), w, b, y);
 }
 
-template <class F>
-int each_number(const Call &c, F f) {
-  if (c.count() != 2 || !c.has(0, "float32", {kAny, kAny}) || !c.has(1, "float32", {c.dim(0, 0), c.dim(0, 1)}))
+// y = f(x w^T + bias)
+int linear_operator(const Call &c, Activation f) {
+  const int out = c.count() - 1;
+  if ((out != 2 && out != 3) || !c.has(0, "float32", {kAny, kAny}) || !c.has_weight(1, {kAny, c.dim(0, 1)}) ||
+      !c.has(out, "float32", {c.dim(0, 0), c.dim(1, 0)}))
     return kBadShape;
-  const int64_t n = c.dim(0, 1);
-  for_rows(c.dim(0, 0), n, [&](int64_t r) { f(n, c.at<float>(0) + r * n, c.at<float>(1) + r * n); });
+  const int64_t t = c.dim(0, 0), k = c.dim(0, 1), n = c.dim(1, 0);
+  const bool biased = out == 3;
+  if (biased && (!c.has_weight(2, {n}) || c.is_bf16(2) != c.is_bf16(1))) return kBadShape;
+  if (c.is_bf16(1))
+    linear(t, n, k, c.at<float>(0), c.at<bf16>(1), biased ? c.at<bf16>(2) : nullptr, f, c.at<float>(out));
+  else
+    linear(t, n, k, c.at<float>(0), c.at<float>(1), biased ? c.at<float>(2) : nullptr, f, c.at<float>(out));
   return kOk;
 }
 
@@ -129,22 +136,15 @@ int attend_image(const Call &c, bool rounded) {
 
 }  // namespace
 
-// x [R, in], weight [out, in] (, bias [out]) -> [R, out]
+// x [R, in], weight [out, in] (, bias [out]) -> [R, out], and GELU of it: the tanh form, and the one by the error function
 OPERATOR(linear) {
-  return guarded([&] {
-    const Call c(count, data, ndims, shapes, dtypes);
-    const int out = count - 1;
-    if ((count != 3 && count != 4) || !c.has(0, "float32", {kAny, kAny}) || !c.has_weight(1, {kAny, c.dim(0, 1)}) ||
-        !c.has(out, "float32", {c.dim(0, 0), c.dim(1, 0)}))
-      return kBadShape;
-    const int64_t t = c.dim(0, 0), k = c.dim(0, 1), n = c.dim(1, 0);
-    if (count == 4 && (!c.has_weight(2, {n}) || c.is_bf16(2) != c.is_bf16(1))) return kBadShape;
-    if (c.is_bf16(1))
-      kimi::linear(t, n, k, c.at<float>(0), c.at<bf16>(1), count == 4 ? c.at<bf16>(2) : nullptr, c.at<float>(out));
-    else
-      kimi::linear(t, n, k, c.at<float>(0), c.at<float>(1), count == 4 ? c.at<float>(2) : nullptr, c.at<float>(out));
-    return kOk;
-  });
+  return guarded([&] { return linear_operator(Call(count, data, ndims, shapes, dtypes), nullptr); });
+}
+OPERATOR(linear_gelu_tanh) {
+  return guarded([&] { return linear_operator(Call(count, data, ndims, shapes, dtypes), isa().gelu_tanh); });
+}
+OPERATOR(linear_gelu_erf) {
+  return guarded([&] { return linear_operator(Call(count, data, ndims, shapes, dtypes), isa().gelu_erf); });
 }
 
 // table [V, H], ids [R] -> [R, H]
@@ -301,18 +301,6 @@ OPERATOR(swiglu) {
   });
 }
 
-// [R, H] -> [R, H]: the tanh form, and the one by the error function
-OPERATOR(gelu_tanh) {
-  return guarded([&] { return each_number(Call(count, data, ndims, shapes, dtypes), isa().gelu_tanh); });
-}
-OPERATOR(gelu_erf) {
-  return guarded([&] {
-    return each_number(Call(count, data, ndims, shapes, dtypes), [](int64_t n, const float *x, float *y) {
-      for (int64_t i = 0; i < n; ++i) y[i] = 0.5f * x[i] * (1.f + std::erf(x[i] * 0.70710678f));
-    });
-  });
-}
-
 // x [R, H], weight [E, H], bias [E], options [2] (whether shares are normalised, the factor) -> indices, weights [R, k]
 OPERATOR(router) {
   return guarded([&] {
@@ -417,7 +405,7 @@ OPERATOR(interpolate) {
 #define SETTING extern "C" __attribute__((visibility("default")))
 
 // Grows with every change of an operator's arguments or of these functions; library.py expects the same one.
-SETTING int kimi_version() { return 3; }
+SETTING int kimi_version() { return 4; }
 SETTING int kimi_threads() { return threads(); }
 SETTING void kimi_set_threads(int count) { set_threads(count); }
 SETTING const char *kimi_isa() { return isa().name; }

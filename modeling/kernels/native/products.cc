@@ -23,25 +23,30 @@ int64_t rows_of_unit(int64_t n, int64_t k, size_t itemsize) {
 bool fits_onednn(bf16) { return rounds(); }
 bool fits_onednn(float) { return onednn::available(); }
 
-// oneDNN on slices of the columns of y, one thread each.
-template <class W>
-bool linear_onednn(int64_t t, int64_t n, int64_t k, const W *x, const W *w, float *y) {
+// oneDNN on slices of the columns of y, one thread each, and `finish` on what it made.
+template <class W, class F>
+bool linear_onednn(int64_t t, int64_t n, int64_t k, const W *x, const W *w, float *y, F finish) {
   const int64_t slice = rounded_up((n + threads() - 1) / threads(), 64);
   std::atomic<bool> done{true};
   parallel((n + slice - 1) / slice, [&](int64_t unit) {
     const int64_t first = unit * slice, count = std::min(slice, n - first);
-    if (!onednn::matmul(t, count, k, x, k, w + first * k, k, true, y + first, n, false)) done = false;
+    if (onednn::matmul(t, count, k, x, k, w + first * k, k, true, y + first, n, false))
+      finish(first, count);
+    else
+      done = false;
   });
   return done;
 }
 
-bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const bf16 *w, float *y) {
+template <class F>
+bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const bf16 *w, float *y, F finish) {
   auto rounded = scratch<bf16>(t * k);
   round_rows(t, k, x, rounded.get());
-  return linear_onednn(t, n, k, rounded.get(), w, y);
+  return linear_onednn(t, n, k, rounded.get(), w, y, finish);
 }
-bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const float *w, float *y) {
-  return linear_onednn(t, n, k, x, w, y);
+template <class F>
+bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const float *w, float *y, F finish) {
+  return linear_onednn(t, n, k, x, w, y, finish);
 }
 
 // `product` without oneDNN.
@@ -70,26 +75,27 @@ void round_rows(int64_t t, int64_t k, const float *x, bf16 *y) {
 }
 
 template <class W>
-void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W *bias, float *y) {
-  if (t <= kFewRows || !fits_onednn(W{}) || !linear_many(t, n, k, x, w, y)) {
-    const int64_t rows = rows_of_unit(n, k, sizeof(W));
-    parallel((n + rows - 1) / rows, [&](int64_t unit) {
-      const int64_t first = unit * rows, count = std::min(rows, n - first);
-      dot(t, count, k, x, k, w + first * k, k, y + first, n);
-    });
-  }
-  if (bias) {
-    auto wide = scratch<float>(n);
+void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W *bias, Activation f, float *y) {
+  auto wide = scratch<float>(bias ? n : 0);
+  if (bias)
     for (int64_t i = 0; i < n; ++i) wide[i] = to_float(bias[i]);
-    const int64_t rows = std::max<int64_t>(1, (64 << 10) / n);
-    parallel((t + rows - 1) / rows, [&](int64_t unit) {
-      for (int64_t r = unit * rows; r < std::min(t, (unit + 1) * rows); ++r)
-        isa().add(n, y + r * n, wide.get(), y + r * n);
-    });
-  }
+  const auto finish = [&](int64_t first, int64_t count) {
+    for (int64_t r = 0; r < t; ++r) {
+      float *row = y + r * n + first;
+      if (bias) isa().add(count, row, wide.get() + first, row);
+      if (f) f(count, row, row);
+    }
+  };
+  if (t > kFewRows && fits_onednn(W{}) && linear_many(t, n, k, x, w, y, finish)) return;
+  const int64_t rows = rows_of_unit(n, k, sizeof(W));
+  parallel((n + rows - 1) / rows, [&](int64_t unit) {
+    const int64_t first = unit * rows, count = std::min(rows, n - first);
+    dot(t, count, k, x, k, w + first * k, k, y + first, n);
+    finish(first, count);
+  });
 }
-template void linear(int64_t, int64_t, int64_t, const float *, const bf16 *, const bf16 *, float *);
-template void linear(int64_t, int64_t, int64_t, const float *, const float *, const float *, float *);
+template void linear(int64_t, int64_t, int64_t, const float *, const bf16 *, const bf16 *, Activation, float *);
+template void linear(int64_t, int64_t, int64_t, const float *, const float *, const float *, Activation, float *);
 
 template <>
 void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, bool transposed,

@@ -21,9 +21,12 @@ void set_exact(bool exact);
 // Rows of x [t, k] rounded to bf16, over the pool.
 void round_rows(int64_t t, int64_t k, const float *x, bf16 *y);
 
-// y [t, n] = x [t, k] w^T + bias, w [n, k]; bias may be null.
+// A function of single numbers; y may be x.
+using Activation = void (*)(int64_t n, const float *x, float *y);
+
+// y [t, n] = f(x [t, k] w^T + bias), w [n, k]; bias and f may be null.
 template <class W>
-void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W *bias, float *y);
+void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W *bias, Activation f, float *y);
 
 // On the calling thread: c [m, n] (+)= a b, b [k, n], or [n, k] if `transposed`.
 template <class E>

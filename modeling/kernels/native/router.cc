@@ -9,8 +9,7 @@ void route_tokens(int64_t t, int64_t h, int64_t e, int64_t k, const float *x, co
                   bool normalised, float factor, int32_t *indices, float *weights) {
   constexpr float kSmallestSum = 1e-20f;  // as in the other backends
   auto scores = scratch<float>(t * e), choice = scratch<float>(e);
-  linear<float>(t, e, h, x, w, nullptr, scores.get());
-  isa().sigmoid(t * e, scores.get(), scores.get());
+  linear<float>(t, e, h, x, w, nullptr, isa().sigmoid, scores.get());
   for (int64_t r = 0; r < t; ++r) {
     const float *score = scores.get() + r * e;
     auto taken = scratch<bool>(e);
