@@ -58,6 +58,11 @@ def rounds() -> bool:
     return bool(library().kimi_rounds())
 
 
+def has_onednn() -> bool:
+    """Whether MindSpore's oneDNN is one that is used: that of 2.9 and later."""
+    return library().kimi_onednn().startswith(b"oneDNN 3")
+
+
 def placed(a: np.ndarray, offset: int) -> np.ndarray:
     """A copy that starts `offset` numbers into its memory, and ends where that ends."""
     memory = np.empty(offset + a.size, a.dtype)

@@ -34,6 +34,7 @@ from kimi_vl.export.plan import open_converted
 from kimi_vl.export.trace import Tracer
 from kimi_vl.export.weights import SharedWeights
 from kimi_vl.modeling import running
+from kimi_vl.modeling.binding import SET_DATA_REBINDS
 from kimi_vl.modeling.buckets import TooLongError
 from kimi_vl.modeling.engine import Row
 from kimi_vl.modeling.kernels import library
@@ -375,7 +376,8 @@ def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
         held = model.weights.tensor(name).data_ptr()
         for graph in graphs:
             parameter = graph._cell.parameters_dict().get(name)
-            assert parameter is None or parameter.data_ptr() == held
+            where = None if parameter is None else parameter.data_ptr()
+            assert where in (None, held) or (where == 0 and not SET_DATA_REBINDS)  # 2.7 does not say
         assert (held == model.weights._stored(name).ctypes.data) == mapped
 
 

@@ -6,6 +6,8 @@ the operator expects, or a second formulation that shares nothing with the rule.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import mindspore as ms
 import ml_dtypes
 import numpy as np
@@ -225,6 +227,12 @@ class IndexCopy(nn.Cell):
         return G.InplaceIndexCopy()(self.cache, 0, indices, rows)
 
 
+has_index_copy = pytest.mark.skipif(
+    not hasattr(G, "InplaceIndexCopy"), reason="this MindSpore has no InplaceIndexCopy"
+)
+
+
+@has_index_copy
 def test_index_copy_docstring():
     cache, rows = np.ones((5, 3), np.float32), np.arange(1, 10, dtype=np.float32).reshape(3, 3)
     cell = IndexCopy((5, 3), ms.float32)
@@ -634,6 +642,7 @@ def test_cache_rows_are_written_from_each_rows_start_and_stay(axis, shape):
     assert not np.array_equal(again, 0 * again)  # what the first call wrote further on is still there
 
 
+@has_index_copy
 def test_index_copy_puts_rows_where_the_indices_say():
     cache, rows = normal(6, 4), normal(2, 4)
     (got,) = interpret(IndexCopy(), np.array([4, 1]), rows, parameters={"cache": cache})
@@ -683,6 +692,13 @@ class Mint(nn.Cell):
 MINT = normal(4, 8), normal(8, 8), normal(8), np.array([3, 0, 3])
 
 
+# Under the same names of `mint`, MindSpore 2.7 has other operators.
+newer = pytest.mark.skipif(
+    version("mindspore").startswith("2.7."), reason="MindSpore 2.7 has other operators"
+)
+
+
+@newer
 def test_operators_of_mint_are_torchs():
     x, w, b, ids = MINT
     got = interpret(Mint(), x, w, b, ids)
@@ -697,6 +713,7 @@ def test_operators_of_mint_are_torchs():
         close(g, w, 1e-5)
 
 
+@newer
 def test_the_table_of_witnesses_names_what_was_held_against_torch():
     named = {o for o, witness in WITNESSES.items() if witness == TORCH}
     assert named <= read_graph(trace(Mint(), *MINT)).operators

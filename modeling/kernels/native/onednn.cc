@@ -51,7 +51,8 @@ struct Library {
     // MindSpore has loaded its own long before; a second copy, or another's, is not asked for.
     void *lib = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD);
     if (!lib) {
-      text = "no oneDNN in the process";
+      const bool older = dlopen("libdnnl.so.2", RTLD_NOW | RTLD_NOLOAD) != nullptr;
+      text = older ? "oneDNN 2 is not used" : "no oneDNN in the process";
       return;
     }
     const version_t *(*version)() = nullptr;
