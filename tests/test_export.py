@@ -366,6 +366,7 @@ def test_a_bundle_stands_alone(tmp_path):
     assert np.array_equal(new[:, -4:], case["greedy_tokens"][:, :4])
 
 
+@pytest.mark.skipif(not SET_DATA_REBINDS, reason="MindSpore 2.7 does not say where an array's tensor lies")
 def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
     for checkpoint, operators, mapped in ((BF16, True, True), (BF16, False, False), (FP32, True, True)):
         model, case = loaded(checkpoint, operators), load_case(checkpoint, "text")
@@ -376,8 +377,7 @@ def test_weights_are_held_once_and_mapped_where_they_are_stored_as_needed():
         held = model.weights.tensor(name).data_ptr()
         for graph in graphs:
             parameter = graph._cell.parameters_dict().get(name)
-            where = None if parameter is None else parameter.data_ptr()
-            assert where in (None, held) or (where == 0 and not SET_DATA_REBINDS)  # 2.7 does not say
+            assert parameter is None or parameter.data_ptr() == held
         assert (held == model.weights._stored(name).ctypes.data) == mapped
 
 
