@@ -13,6 +13,7 @@ LONGEST_SHAPE = 8  # to 1: longer pictures are not what a limit is chosen for
 PREFILL_CHUNKS = (256,)
 # With the C++ operators: a chunk reads most experts once, whatever its size, and what it lacks in tokens is computed too.
 OPERATORS_PREFILL_CHUNKS = (64, 256, 1024)
+CHUNK_OVERHEAD = 70  # tokens that could be computed in the time that a chunk takes whatever its size
 
 
 class TooLongError(ValueError):
@@ -38,6 +39,26 @@ def prefill_chunks(operators: bool, context: int) -> tuple[int, ...]:
     """
     sizes = OPERATORS_PREFILL_CHUNKS if operators else PREFILL_CHUNKS
     return tuple(sorted({min(n, context) for n in sizes}))
+
+
+def quickest_chunk(tokens: int, sizes: Sequence[int]) -> int:
+    """The first of the prefill chunks in which so many tokens take the least time.
+
+    Args:
+        sizes: of the chunks that there are, ascending. One that is not filled takes as long as a full one.
+    """
+    *smaller, size = sizes
+    if smaller and tokens < size and _cost(tokens, smaller) < size + CHUNK_OVERHEAD:
+        return quickest_chunk(tokens, smaller)
+    return size
+
+
+def _cost(tokens: int, sizes: Sequence[int]) -> int:
+    """What is computed for a prompt in the best of its ways, in tokens: the largest chunks first."""
+    *smaller, size = sizes
+    full, rest = divmod(tokens, size)
+    one = size + CHUNK_OVERHEAD
+    return full * one + (min(one, _cost(rest, smaller)) if rest and smaller else one * (rest > 0))
 
 
 def largest_image(in_token_limit: int) -> int:

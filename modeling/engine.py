@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .buckets import TooLongError, pick
+from .buckets import TooLongError, pick, quickest_chunk
 from .cache import CacheRow, LatentCache, RowCache
 from .configuration import ModelConfig
 from .positions import merge_order, position_taps, text_rope, vision_rope
@@ -171,8 +171,8 @@ class Engine:
         a smaller one, or token by token.
         """
         sizes = [*self.graphs.smaller_chunks, self.graphs.chunk]
-        enough = next((n for n in sizes if n >= max(left.values())), sizes[-1])
-        for chunk in reversed([n for n in sizes if n <= enough]):
+        best = quickest_chunk(max(left.values()), sizes)
+        for chunk in reversed([n for n in sizes if n <= best]):
             fit = [
                 b
                 for b, n in left.items()

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from kimi_vl import KimiVLImageProcessor
-from kimi_vl.modeling.buckets import LONGEST_SHAPE, contexts, fitting_limit, largest_image, patch_buckets
+from kimi_vl.modeling.buckets import (
+    CHUNK_OVERHEAD,
+    LONGEST_SHAPE,
+    contexts,
+    fitting_limit,
+    largest_image,
+    patch_buckets,
+    quickest_chunk,
+)
 
 
 def test_patch_buckets_cover_what_the_processor_can_give():
@@ -56,3 +64,25 @@ def test_a_processor_with_the_fitting_limit_gives_what_the_largest_graph_takes(p
         padded = processor._pad(processor._within_limit(Outline(w, h), "picture"), "picture")
         most = max(most, padded.width // 14 * (padded.height // 14))
     assert 0.75 * patches - 4 <= most <= patches
+
+
+def test_a_prompt_takes_the_chunks_that_are_quickest():
+    """Against all ways to cover it."""
+    sizes = (64, 256, 1024)
+    least = [0]
+    for tokens in range(1, 2500):
+        least.append(min(n + CHUNK_OVERHEAD + least[max(0, tokens - n)] for n in sizes))
+        took, left = 0, tokens
+        while left > 0:
+            chunk = quickest_chunk(left, sizes)
+            took, left = took + chunk + CHUNK_OVERHEAD, left - chunk
+        assert took == least[tokens], tokens
+    assert [quickest_chunk(n, sizes) for n in (1, 129, 300, 768, 769, 5000)] == [
+        64,
+        256,
+        256,
+        256,
+        1024,
+        1024,
+    ]
+    assert quickest_chunk(7, (256,)) == 256
