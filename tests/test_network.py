@@ -349,7 +349,13 @@ def test_by_default_the_operators_take_a_prompt_in_chunks_that_it_fills(monkeypa
     )
     case = load_case("tiny8-bf16", "long")
     ids = np.tile(case["input_ids"], (1, 8))[:, :1290]
-    for count, chunks in ((30, [64]), (65, [256]), (1290, [1024, 1024]), (1, [1]), (1281, [1024, 256, 1])):
+    for count, chunks in (
+        (30, [64]),
+        (65, [64, 1]),
+        (1290, [1024, 256, 64]),
+        (1, [1]),
+        (1281, [1024, 256, 1]),
+    ):
         seen.clear()
         cache = model.engine.new_cache(1)
         if count == 1281:  # at the end of the context what does not fit a chunk takes smaller ones
