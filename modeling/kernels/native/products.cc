@@ -31,7 +31,7 @@ bool linear_onednn(int64_t t, int64_t n, int64_t k, const W *x, const W *w, floa
   parallel((n + slice - 1) / slice, [&](int64_t unit) {
     const int64_t first = unit * slice, count = std::min(slice, n - first);
     if (onednn::matmul(t, count, k, x, k, w + first * k, k, true, y + first, n, false))
-      finish(first, count);
+      finish(t, y, first, count);
     else
       done = false;
   });
@@ -40,9 +40,16 @@ bool linear_onednn(int64_t t, int64_t n, int64_t k, const W *x, const W *w, floa
 
 template <class F>
 bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const bf16 *w, float *y, F finish) {
-  auto rounded = scratch<bf16>(t * k);
-  round_rows(t, k, x, rounded.get());
-  return linear_onednn(t, n, k, rounded.get(), w, y, finish);
+  // Some rows at a time, equally many: of a large picture the rounded copy would be the largest array there is.
+  constexpr int64_t kRows = 1024;
+  const int64_t parts = (t + kRows - 1) / kRows, step = (t + parts - 1) / parts;
+  auto rounded = scratch<bf16>(step * k);
+  for (int64_t first = 0; first < t; first += step) {
+    const int64_t rows = std::min(step, t - first);
+    round_rows(rows, k, x + first * k, rounded.get());
+    if (!linear_onednn(rows, n, k, rounded.get(), w, y + first * n, finish)) return false;
+  }
+  return true;
 }
 template <class F>
 bool linear_many(int64_t t, int64_t n, int64_t k, const float *x, const float *w, float *y, F finish) {
@@ -79,9 +86,9 @@ void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W
   auto wide = scratch<float>(bias ? n : 0);
   if (bias)
     for (int64_t i = 0; i < n; ++i) wide[i] = to_float(bias[i]);
-  const auto finish = [&](int64_t first, int64_t count) {
-    for (int64_t r = 0; r < t; ++r) {
-      float *row = y + r * n + first;
+  const auto finish = [&](int64_t rows, float *to, int64_t first, int64_t count) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float *row = to + r * n + first;
       if (bias) isa().add(count, row, wide.get() + first, row);
       if (f) f(count, row, row);
     }
@@ -91,7 +98,7 @@ void linear(int64_t t, int64_t n, int64_t k, const float *x, const W *w, const W
   parallel((n + rows - 1) / rows, [&](int64_t unit) {
     const int64_t first = unit * rows, count = std::min(rows, n - first);
     dot(t, count, k, x, k, w + first * k, k, y + first, n);
-    finish(first, count);
+    finish(t, y, first, count);
   });
 }
 template void linear(int64_t, int64_t, int64_t, const float *, const bf16 *, const bf16 *, Activation, float *);
