@@ -161,9 +161,12 @@ def test_a_wrong_weight_is_the_operator_that_takes_it(name, layer, point, target
 
 
 PARTS = ("k_b_proj", "gate_up", "wqkv")
+MORE_PARTS = [
+    pytest.param(*row, marks=pytest.mark.slow) for row in WEIGHTS if row[2] in ("router_scores", "final_norm")
+]
 
 
-@pytest.mark.parametrize(("name", "layer", "point"), [row for row in WEIGHTS if row[2] in PARTS])
+@pytest.mark.parametrize(("name", "layer", "point"), [row for row in WEIGHTS if row[2] in PARTS] + MORE_PARTS)
 def test_so_it_is_in_plain_graphs_for_the_cpu(name, layer, point):
     check_wrong_weight("plain", name, layer, point)
 
