@@ -375,8 +375,8 @@ def plan_export(
         seq: contexts that must be there; those up to the largest are added in steps of 2. Default: 4096, or what the
             model has positions for.
         batch: rows of every text graph.
-        prefill_chunk: tokens per row of the prefill graphs, one number or several; a prompt runs in those that it
-            fills best, a long one in several of the largest. Default: 64, 256 and 1024 for a CPU with the C++ operators,
+        prefill_chunk: tokens per row of the prefill graphs, one number or several; a prompt runs in those that take
+            it the least time, a long one in several of the largest. Default: 64, 256 and 1024 for a CPU with the C++ operators,
             256 for others, on which each graph takes memory; as far as the largest context holds them.
         image_patches: patches of the vision graphs. Default: up to the processor's largest picture, as far as the
             context holds it and a question. Where the graphs take less than the processor gives, the bundle's processor

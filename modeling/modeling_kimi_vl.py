@@ -120,8 +120,8 @@ class KimiVLForConditionalGeneration(KimiVLGeneration, nn.Cell):
         dtype: what the weights are rounded to; default: the configuration's. Backends that cannot compute in it
             (a CPU with plain operators) widen the rounded weights to fp32.
         max_context: tokens of the largest cache; default min(4096, max_position_embeddings).
-        prefill_chunk: tokens that one prefill graph takes; default 256, with the C++ operators for CPUs 64, 256 or 1024,
-            whichever a prompt fills best.
+        prefill_chunk: tokens that one prefill graph takes; default 256, with the C++ operators for CPUs 64, 256 and 1024,
+            in those of which a prompt takes the least time.
         max_image_patches: patches of the largest vision graph; default: what `in_token_limit` needs.
         kernels: backend of the operators, see `modeling.kernels`; default: that of MindSpore's device, "ascend" on
             Ascend, else "cpu" where the C++ operators are built (see `modeling.kernels.library`), else "plain".

@@ -4,10 +4,11 @@
     python scripts/bench_vision_memory.py --layers 27 --patches 1024 5376
     python scripts/bench_vision_memory.py --dtype bfloat16
 
-Tower and projector with random weights, on the C++ operators where they are built (KIMI_VL_KERNELS=off: plain graphs); each case runs in a fresh process. "Extra" is the peak of its resident
-memory (VmHWM) when the graph is compiled, and after the picture was encoded each time, less its resident memory (VmRSS)
-when MindSpore is imported, the weights are set and the picture's patches are there. So it holds all that compiling and
-encoding ask for, the host's part and the features too, and nothing else. Needs Linux with glibc.
+Tower and projector with random weights, on the C++ operators where they are built (KIMI_VL_KERNELS=off: plain
+graphs); each case runs in a fresh process. "Extra" is the peak of its resident memory (VmHWM) when the graph is
+compiled, and after the picture was encoded each time, less its resident memory (VmRSS) when MindSpore is imported,
+the weights are set and the picture's patches are there. So it holds all that compiling and encoding ask for, the
+host's part and the features too, and nothing else. Needs Linux with glibc.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class CaseError(ValueError):
 class Limits:
     """What a candidate can take: cache lengths (ascending), tokens of a prefill graph, patches of an image.
 
-    `smaller_chunks`: tokens of its other prefill graphs, ascending; it takes for a prompt the one that this fills best.
+    `smaller_chunks`: tokens of its other prefill graphs, ascending; a prompt runs in those that take it the least time.
     """
 
     contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
